@@ -126,9 +126,9 @@ def _check_operators(file: Path, network: onnx.ModelProto) -> None:
     opset = next((entry.version for entry in network.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < OLDEST:
         raise InputError(f"{file} has opset {opset}; export again with opset {OLDEST} or later (21 is best)")
-    own = {function.domain for function in network.functions}
+    local_domains = {function.domain for function in network.functions}
     for node in network.graph.node:
-        if node.domain not in ("", "ai.onnx", *own):
+        if node.domain not in ("", "ai.onnx", *local_domains):
             raise InputError(
                 f"{file}: node {node.name or node.output[0]} is a custom operator ({node.domain}.{node.op_type}); "
                 "export with standard ONNX operators only"

@@ -141,15 +141,15 @@ def adopt(
         )
 
 
-def _recipe(base: Recipe, model: Path, named: SurrogateName, seen: Survey) -> Recipe:
+def _recipe(base: Recipe, model: Path, named: SurrogateName, surveyed: Survey) -> Recipe:
     """Return the recipe with surrogate, time steps and, if spikes reset a membrane, the attack on the other resets."""
-    also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if seen.resets else [])])
+    also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if surveyed.resets else [])])
     neuron = {"surrogate": named.kind, "surrogate_parameter": named.width, "detach_reset": named.detached}
     return base.model_copy(
         update={
             "model": base.model.model_copy(update={"name": model.stem}),
             "neuron": base.neuron.model_copy(update=neuron),
-            "encoding": base.encoding.model_copy(update={"T": seen.steps}),
+            "encoding": base.encoding.model_copy(update={"T": surveyed.steps}),
             "attack": base.attack.model_copy(update={"also": tuple(also)}),
         }
     )
@@ -280,7 +280,7 @@ def _save_golden(
 
 
 def _provenance(
-    parts: Mapping[str, AdoptedVariant], preprocessing: Preprocessing | None, seen: Survey, origin: Origin
+    parts: Mapping[str, AdoptedVariant], preprocessing: Preprocessing | None, surveyed: Survey, origin: Origin
 ) -> dict[str, Any]:
     main = parts["fp32"]
     how = "byte for byte" if main.classifier.unchanged else "with preprocessing nodes in front"
@@ -292,7 +292,7 @@ def _provenance(
             "preprocessing": {} if preprocessing is None else preprocessing._asdict(),
             "unchanged": main.classifier.unchanged,
             "batch fixed at export": main.classifier.batch,
-            "spike nodes": seen.spikes,
-            "layers": seen.layers,
+            "spike nodes": surveyed.spikes,
+            "layers": surveyed.layers,
         },
     }

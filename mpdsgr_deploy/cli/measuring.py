@@ -56,8 +56,8 @@ class Measuring:
 
     @property
     def results(self) -> Path:
-        own = shipped("train") / "results"
-        return self.out or (own if own.is_dir() else Path("results"))
+        shipped_results = shipped("train") / "results"
+        return self.out or (shipped_results if shipped_results.is_dir() else Path("results"))
 
     @property
     def places(self) -> "Places":

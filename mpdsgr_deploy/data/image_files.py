@@ -138,17 +138,17 @@ def _entries(folder: Path, above: tuple[tuple[int, int], ...], counts: Counter[s
         entries = list(os.scandir(folder))
     except OSError as error:
         raise InputError(f"cannot read folder {folder}: {error.strerror}") from None
-    here = (*above, (status.st_dev, status.st_ino))
+    ancestors = (*above, (status.st_dev, status.st_ino))
     for entry in entries:
         path = Path(entry.path)
         if entry.name.startswith("."):
             counts["hidden"] += 1
         elif path.is_dir():
             inside = path.stat()
-            if (inside.st_dev, inside.st_ino) in here:
+            if (inside.st_dev, inside.st_ino) in ancestors:
                 counts["link in a circle"] += 1
             else:
-                yield from _entries(path, here, counts)
+                yield from _entries(path, ancestors, counts)
         elif path.is_file():
             yield path
         else:

@@ -87,10 +87,10 @@ def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
     try:
         with torch.no_grad():
             logits = torch.cat([module(part) for part in x.split(BATCH)]).float().numpy()
-            again = torch.cat([module(part) for part in x.split(BATCH - 1)]).float().numpy()
+            of_second_call = torch.cat([module(part) for part in x.split(BATCH - 1)]).float().numpy()
     except Exception as error:  # the module may raise any type
         raise InputError(f"the module does not take images {list(x.shape[1:])}: {one_line(error)}") from error
-    parity = compare(logits, again)
+    parity = compare(logits, of_second_call)
     if not parity.holds:
         raise EvaluationError(
             f"the module gives other logits when it is called again with the same images ({parity}), because a "

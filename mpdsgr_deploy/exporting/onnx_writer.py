@@ -33,7 +33,7 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
     """
     noise = noise_inputs(model, shape)
     example = torch.full((2, *shape), 0.5)  # two images, because the exporter treats a batch size of one as a constant
-    # absent, not empty: the exporter names the batch dimension only where each input has its dynamic shape
+    # left out instead of empty: the exporter names the batch dimension only if every input has a dynamic shape
     further = {"noise": [torch.full((2, *entry.shape), 0.5) for entry in noise]} if noise else {}
     batch = {0: torch.export.Dim("batch")}
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():

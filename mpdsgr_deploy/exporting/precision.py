@@ -65,8 +65,8 @@ def plan(model: ir.Model, precision: str) -> dict[str, str]:
     nodes = products(model)
     if precision in FLOATS or not nodes:
         return dict.fromkeys(nodes, precision)
-    known, last, exact = grids(model), list(nodes)[-1], FORMATS[precision].exact
-    levels = {name: known[data(node)].levels for name, node in nodes.items() if data(node) in known}
+    grid_of, last, exact = grids(model), list(nodes)[-1], FORMATS[precision].exact
+    levels = {name: grid_of[data(node)].levels for name, node in nodes.items() if data(node) in grid_of}
     return {name: precision if name != last and levels.get(name, exact + 1) <= exact else "fp32" for name in nodes}
 
 
@@ -79,7 +79,7 @@ def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -
     """
     converted = model.clone()
     names = {node: name for name, node in products(converted).items()}
-    known, computed, casts = grids(converted), set[ir.Value](), _Casts()
+    grid_of, computed, casts = grids(converted), set[ir.Value](), _Casts()
     for node in list(converted.graph):
         precision = layers[names[node]] if node in names else neurons
         after_a_product = node in names or any(value in computed for value in node.inputs)
@@ -91,7 +91,7 @@ def convert(model: ir.Model, layers: Mapping[str, str], neurons: str = "fp32") -
             if value is not None and value.dtype in FLOATS.values():
                 node.replace_input_with(index, casts.to(dtype, value, node))
         if precision in FORMATS and node in names:
-            _quantize(node, FORMATS[precision], known[source], dtype)
+            _quantize(node, FORMATS[precision], grid_of[source], dtype)
         if node.op_type == "Cast" and node.outputs[0].dtype in FLOATS.values():
             node.attributes["to"] = ir.AttrInt64("to", dtype)
         for value in node.outputs:
@@ -106,23 +106,23 @@ class _Casts:
     """Conversions of values to another float type; each is added to the graph only once."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def to(self, dtype: ir.DataType, value: ir.Value, user: ir.Node) -> ir.Value:
         """Return `value` in `dtype`: cast in front of its first `user`, or converted now if it is a constant."""
         if value.dtype == dtype:
             return value
-        if (value, dtype) not in self._made:
+        if (value, dtype) not in self._cast:
             array = constant(value)
             if array is None:
-                (made,) = insert(user, "Cast", [value], {"to": dtype})
-                made.shape, made.dtype = value.shape, dtype
+                (cast,) = insert(user, "Cast", [value], {"to": dtype})
+                cast.shape, cast.dtype = value.shape, dtype
             else:
                 with np.errstate(over="ignore"):  # overflow becomes inf, which `export` refuses
                     array = array.astype(dtype.numpy())
-                made = initializer(user, f"{value.name}/{dtype.name}", array)
-            self._made[value, dtype] = made
-        return self._made[value, dtype]
+                cast = initializer(user, f"{value.name}/{dtype.name}", array)
+            self._cast[value, dtype] = cast
+        return self._cast[value, dtype]
 
 
 def _quantize(node: ir.Node, form: Format, grid: Grid, dtype: ir.DataType) -> None:

@@ -90,10 +90,10 @@ def different_gradients(bundle: Bundle) -> list[str]:
             for file in (rebuilt, bundle.variant(precision)):
                 with GraphAttacker(file, surrogate, noise=manifest.noise, seed=seed) as attacker:
                     gradients.append(attacker(inputs, logits.argmax(1)))
-            expected, own = gradients
+            expected, actual = gradients
             scale = np.abs(expected.gradient).max((1, 2, 3), initial=np.finfo(np.float32).tiny)
-            alike = np.abs(own.gradient - expected.gradient).max((1, 2, 3)) <= ALIKE * scale
-            parity = compare(expected.logits, own.logits)
+            alike = np.abs(actual.gradient - expected.gradient).max((1, 2, 3)) <= ALIKE * scale
+            parity = compare(expected.logits, actual.logits)
             if not parity.holds or alike.mean() < MINIMUM_SHARE:
                 faults.append(
                     f"{manifest.variants[precision].file} has the gradients of the weights on {alike.sum()} of "

@@ -135,6 +135,7 @@ def readout_weights(recipe: Recipe) -> Tensor:
 
 
 def make_neuron(recipe: Recipe) -> LIF:
+    """Build the LIF neuron that a recipe names. Raises InputError for a surrogate that training cannot use."""
     config = recipe.neuron
     KINDS.choose(config.surrogate)  # only the kind, without a width, and none that exists only for attacks
     surrogate = make_surrogate(config.surrogate, config.surrogate_parameter)

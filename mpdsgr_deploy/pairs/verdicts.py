@@ -53,13 +53,13 @@ def paired_verdicts(a: Side, b: Side, root: str | None = None) -> tuple[list[Pai
     """
     left, right = recorded(a), recorded(b)
     n = images_in_common(a, b, root)
-    both = [condition for condition in left if condition in right and condition[0] != CLEAN]
+    common = [condition for condition in left if condition in right and condition[0] != CLEAN]
     reason = ""
     if a.report and b.report and a.report.tier == b.report.tier and a.report.suite != b.report.suite:
-        both, reason = [], f"attack suite {a.report.suite} and {b.report.suite}"
+        common, reason = [], f"attack suite {a.report.suite} and {b.report.suite}"
     elif eps(a) != eps(b):
-        both, reason = [], f"eps {eps(a)} and {eps(b)}"
-    attacks = {name: (left[name, how][:n], right[name, how][:n]) for name, how in both}
+        common, reason = [], f"eps {eps(a)} and {eps(b)}"
+    attacks = {name: (left[name, settings][:n], right[name, settings][:n]) for name, settings in common}
     clean = left[CLEAN, ""][:n], right[CLEAN, ""][:n]
     pairs = {CLEAN: clean, **attacks}
     names = [name for name in attacks if name not in UNBOUNDED]

@@ -67,6 +67,7 @@ class Parts(Protocol):
 
 
 def parts_at(place: Place) -> Parts:
+    """Return the folder of parts at a local path or in a store."""
     return PartsInStore(place) if isinstance(place, Stored) else PartsHere(place)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import one_line
 
 BINARY = "binary_tensor_data"  # name of the protocol's extension
-HEADER = "Inference-Header-Content-Length"  # bytes of JSON in a body where binary tensors follow it
+HEADER = "Inference-Header-Content-Length"  # the header with the bytes of JSON in a body, if binary tensors follow
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 MALFORMED = (KeyError, TypeError, AttributeError, ValueError, RecursionError)  # errors that malformed JSON can cause
 

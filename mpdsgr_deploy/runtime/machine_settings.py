@@ -25,8 +25,8 @@ class RuntimeSettings(Section):
 
 def machine(backend: str) -> dict[str, str]:
     """Return what the settings of a backend depend on: the CPU, this process's cores, and the library's version."""
-    here, package = hardware(), PACKAGES[backend]
-    return {"cpu": here["cpu"], "cores": str(here["cores"]), package: package_version(package) or "unknown"}
+    facts, package = hardware(), PACKAGES[backend]
+    return {"cpu": facts["cpu"], "cores": str(facts["cores"]), package: package_version(package) or "unknown"}
 
 
 def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSettings:
@@ -34,9 +34,9 @@ def prepared_settings(bundle: Bundle, backend: str, precision: str) -> RuntimeSe
 
     Raises InputError if the bundle's entry does not hold such settings.
     """
-    here, network = machine(backend), bundle.model_sha256(precision)
+    this_machine, network = machine(backend), bundle.model_sha256(precision)
     for prepared in bundle.prepared(backend, precision):
-        if prepared.machine == here and prepared.model_sha256 == network:
+        if prepared.machine == this_machine and prepared.model_sha256 == network:
             source = f"{bundle.path}: settings of {backend}, {precision}"
             return parse(RuntimeSettings, prepared.settings, source)
     return RuntimeSettings()

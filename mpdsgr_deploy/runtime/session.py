@@ -134,7 +134,7 @@ def preload_libraries(ort: Any) -> None:
 
     If one is missing, the provider's own error names it.
     """
-    # what onnxruntime prints here is not part of our output
+    # onnxruntime prints to stdout, which belongs to the output of commands
     with redirect_stdout(io.StringIO()), suppress(RuntimeError, OSError):
         getattr(ort, "preload_dlls", lambda: None)()
 

@@ -217,10 +217,10 @@ def _computed(lane: ModelLane, batch: list[QueuedRequest]) -> Outputs | Exceptio
     except Exception as error:  # any error belongs to these requests and must not end the thread
         for job in batch:
             job.refusal = lane.problem(job.images)
-        good = [job for job in batch if job.refusal is None]
-        if not good:  # each request gets a new error, because the frames of the first would keep the images in memory
+        valid = [job for job in batch if job.refusal is None]
+        if not valid:  # each request gets its refusal; the frames of this error would keep the images in memory
             return error.with_traceback(None)
-        return error if len(good) == len(batch) else _computed(lane, good)
+        return error if len(valid) == len(batch) else _computed(lane, valid)
 
 
 def _deliver(
@@ -244,16 +244,16 @@ def _deliver(
                     "allow more time or send fewer requests",
                 )
             )
-    good = [job for job in batch if job.refusal is None]
+    valid = [job for job in batch if job.refusal is None]
     for job in batch:
         if job.refusal is not None and not job.future.done():
             job.future.set_exception(job.refusal)
     if isinstance(outcome, Outputs):  # dropped and refused requests say nothing about the network's speed
-        images = sum(len(job.images) for job in good)
+        images = sum(len(job.images) for job in valid)
         lane.learn(images, seconds)
-        lane.statistics.computed([start - job.arrived for job in good], images, seconds)
+        lane.statistics.computed([start - job.arrived for job in valid], images, seconds)
     row = 0
-    for job in good:
+    for job in valid:
         rows = slice(row, row + len(job.images))
         row = rows.stop
         if job.future.done():  # the request was cancelled meanwhile

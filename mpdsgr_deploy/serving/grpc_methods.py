@@ -57,9 +57,9 @@ async def _model_infer(server: Server, content: bytes, call: Call) -> Any:
         )
     outputs = [_requested_output(output) for output in request.outputs]
     limit = timeout(_parameter(request.parameters, "timeout"))
-    asked = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
+    inference = InferenceRequest(identifier(request.id), _tensors(request), outputs, limit, binary=True)
     with span(call.metadata, model, call.id):
-        answers = await infer(model, server.batcher, asked, server.limits.request_seconds)
+        answers = await infer(model, server.batcher, inference, server.limits.request_seconds)
     call.images = answers[0].shape[0]
     response = pb.ModelInferResponse(model_name=model.source.name, model_version=model.version, id=request.id)
     for answer in answers:

@@ -228,10 +228,10 @@ class HttpConnection(asyncio.Protocol):
         """Answer invalid or late input with `error`, after the requests before it, and close."""
         if self.over or self._last:
             return
-        wrong, self._incoming = self._incoming, None  # a request whose remaining data are invalid gets this answer
-        if wrong is not None and wrong in self._queue:
-            self._queue.remove(wrong)
-        if self._active is None or self._active is wrong:
+        invalid, self._incoming = self._incoming, None  # a request whose remaining data are invalid gets this answer
+        if invalid is not None and invalid in self._queue:
+            self._queue.remove(invalid)
+        if self._active is None or self._active is invalid:
             self._refuse(error)
         else:
             self._last = error

@@ -32,11 +32,11 @@ async def text(server: Server) -> bytes:
     The counts of a process that dies are lost, and the process that replaces it starts at 0, as Prometheus expects.
     """
     group = server.group
-    own, machine = await asyncio.gather(asyncio.to_thread(families, server), asyncio.to_thread(_gpu_memory))
+    metrics, gpu_memory = await asyncio.gather(asyncio.to_thread(families, server), asyncio.to_thread(_gpu_memory))
     if group.processes > 1:
-        own = _by_process({group.index: own, **await group.ask("metrics")})
+        metrics = _by_process({group.index: metrics, **await group.ask("metrics")})
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collected([*own, *machine]))
+    registry.register(Collected([*metrics, *gpu_memory]))
     return generate_latest(registry)
 
 
@@ -139,11 +139,11 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
         return
     ending, open_now = f":{port:04X}", 0
     try:
-        own = _open_files()
+        open_files = _open_files()
         for name in ("tcp", "tcp6"):
             rows = (line.split(None, 10) for line in Path(f"/proc/self/net/{name}").read_text().splitlines()[1:])
-            here = (row for row in rows if row[1].endswith(ending) and row[3] == ESTABLISHED)
-            open_now += sum(f"socket:[{row[9]}]" in own for row in here)
+            connections = (row for row in rows if row[1].endswith(ending) and row[3] == ESTABLISHED)
+            open_now += sum(f"socket:[{row[9]}]" in open_files for row in connections)
     except OSError:
         return
     yield GaugeMetricFamily("mpdsgr_grpc_connections", "Number of open gRPC connections.", open_now)

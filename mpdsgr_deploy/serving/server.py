@@ -131,7 +131,7 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
     await group.listen({"figures": server.figures, "metrics": partial(asyncio.to_thread, metrics.families, server)})
     http = Listener(server, sock, tls)
     grpc: Grpc | None = None
-    left, lost = 0.0, 0
+    seconds_left, lost = 0.0, 0
     try:
         if not group.replacement:  # answer liveness probes from the start
             grpc = await _listen(server, http, address, tls)
@@ -144,15 +144,15 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
             reloading = loop.create_task(_reload(server, http, reload))
             await end.wait()
             reloading.cancel()
-        left, lost = await _drain(server, http, hurry)
+        seconds_left, lost = await _drain(server, http, hurry)
     finally:
         server.draining = True
         http.stop_accepting()
-        await asyncio.gather(http.close(left), *([grpc.stop(left)] if grpc else []))
+        await asyncio.gather(http.close(seconds_left), *([grpc.stop(seconds_left)] if grpc else []))
     await server.close()
-    for one in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a second signal must not change how this ends
-        loop.remove_signal_handler(one)
-        signal.signal(one, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # a second signal must not change how this ends
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     return lost
 
 
@@ -175,9 +175,9 @@ async def _load(server: Server, end: asyncio.Event) -> bool:
     return True
 
 
-async def _reload(server: Server, http: Listener, asked: asyncio.Event) -> None:
-    while await asked.wait():
-        asked.clear()
+async def _reload(server: Server, http: Listener, reload: asyncio.Event) -> None:
+    while await reload.wait():
+        reload.clear()
         http.renew_certificate()  # gRPC reads the certificate itself
         await server.repository.reload_changed()
 
@@ -232,6 +232,6 @@ def _reserved(host: str, port: int) -> socket.socket:
 def _announce(sock: socket.socket, grpc_port: int | None, tls: Tls | None, processes: int = 1) -> None:
     host, port = sock.getsockname()[:2]
     url = f"http{'s' if tls else ''}://{f'[{host}]' if ':' in host else host}:{port}"
-    beside = "" if grpc_port is None else f", gRPC on port {grpc_port}"
-    several = f", with {processes} processes" if processes > 1 else ""
-    log.info("serving on %s%s%s; open this address in a browser to see the models", url, beside, several)
+    grpc = "" if grpc_port is None else f", gRPC on port {grpc_port}"
+    group = f", with {processes} processes" if processes > 1 else ""
+    log.info("serving on %s%s%s; open this address in a browser to see the models", url, grpc, group)

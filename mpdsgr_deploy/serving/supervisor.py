@@ -90,7 +90,7 @@ class Supervisor:
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(one, _note) for one in SIGNALS]
+        before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(number, _note) for number in SIGNALS]
         try:
             for child in self._children:
                 self._start(child)
@@ -108,8 +108,8 @@ class Supervisor:
             return self.lost
         finally:
             signal.set_wakeup_fd(before[0])
-            for one, handler in zip(SIGNALS, before[1], strict=True):
-                signal.signal(one, handler)
+            for number, handler in zip(SIGNALS, before[1], strict=True):
+                signal.signal(number, handler)
 
     def _start(self, child: Child) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # blocked until the child handles them, so that none is lost
@@ -147,17 +147,17 @@ class Supervisor:
         due = [] if self._ending else [child.due for child in self._children if not child.pid]
         return min([self._hang_seconds / LOOKS, *(max(0.0, moment - time.monotonic()) for moment in due)])
 
-    def _pass_on(self, one: signal.Signals) -> None:
-        if one == signal.SIGCHLD:
+    def _pass_on(self, number: signal.Signals) -> None:
+        if number == signal.SIGCHLD:
             return
-        if one != signal.SIGHUP and not self._ending:
+        if number != signal.SIGHUP and not self._ending:
             self._ending = True
             for port in self._ports:
                 port.close()
         for child in self._children:
-            child.due = min(child.due, time.monotonic()) if one == signal.SIGHUP else child.due
+            child.due = min(child.due, time.monotonic()) if number == signal.SIGHUP else child.due
             if child.pid:
-                os.kill(child.pid, one)
+                os.kill(child.pid, number)
 
     def _kill_hung(self) -> None:
         now = time.monotonic()

@@ -163,11 +163,12 @@ def prepare(
     and `machine` do, and for a precision that the bundle does not have.
     """
     model = bundle.variant(precision)
-    here = machine(backend)
+    this_machine = machine(backend)
     profile = batch or BATCH
-    plan = build_engine(backend, model, profile, timing_cache(here) if backend == "tensorrt" else None, targets)
+    timings = timing_cache(this_machine) if backend == "tensorrt" else None
+    plan = build_engine(backend, model, profile, timings, targets)
     sha = bundle.model_sha256(precision)
-    prepared = Prepared(backend=backend, precision=precision, model_sha256=sha, machine=here, batch=profile)
+    prepared = Prepared(backend=backend, precision=precision, model_sha256=sha, machine=this_machine, batch=profile)
     added = bundle.add(prepared, plan)
     return added, added.manifest.prepared[-1]
 

@@ -73,20 +73,20 @@ async def _measure(
 
     for load in loads:
         log.info("%s: %g s, %d requests at most", load, load.seconds, load.requests)
-        short = Load(min(1.0, WARM_UP * load.seconds), int(WARM_UP * load.requests), load.concurrency, load.rate)
-        await run(short, traffic(), seed + 1)
+        warm_up = Load(min(1.0, WARM_UP * load.seconds), int(WARM_UP * load.requests), load.concurrency, load.rate)
+        await run(warm_up, traffic(), seed + 1)
         before = await _cpu_seconds(endpoint)
-        counted, own, after = traffic(), time.process_time(), None
-        lines = asyncio.create_task(_tell(load, counted.tally))
+        counted, own_start, after = traffic(), time.process_time(), None
+        progress = asyncio.create_task(_tell(load, counted.tally))
         try:
             await run(load, counted, seed)
             after = await _cpu_seconds(endpoint)
         finally:  # add the figures after an interrupt, too
-            own = time.process_time() - own
-            lines.cancel()
-            spent = None if before is None or after is None else after - before
+            own_cpu = time.process_time() - own_start
+            progress.cancel()
+            server_cpu = None if before is None or after is None else after - before
             command = perf_analyzer(model, load, batch)
-            measurement.outcomes.append(LoadOutcome(load, batch, counted.tally, spent, own, command))
+            measurement.outcomes.append(LoadOutcome(load, batch, counted.tally, server_cpu, own_cpu, command))
         log.info(
             "%s: %d requests, %.0f images/s", load, counted.tally.requests, measurement.outcomes[-1].images_per_second
         )

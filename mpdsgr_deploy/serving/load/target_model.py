@@ -98,8 +98,8 @@ async def describe(url: str, endpoint: Endpoint) -> TargetModel:
         raise InputError(f"{url} does not describe a model: {excerpt(described.body)}") from None
     server, binary = "unknown", False
     try:
-        known = json.loads(about.body)
-        server, binary = f"{known['name']} {known['version']}", BINARY in known["extensions"]
+        metadata = json.loads(about.body)
+        server, binary = f"{metadata['name']} {metadata['version']}", BINARY in metadata["extensions"]
     except (KeyError, TypeError, ValueError):
         pass  # a proxy may pass on only requests for the model
     return TargetModel(url, endpoint, server, inputs, output, binary)
