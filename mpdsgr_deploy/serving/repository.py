@@ -35,7 +35,7 @@ class Entry:
 
 
 class Repository:
-    """All models of a server. backend: that which runs them, on so many `cores`.
+    """All models of a server. backend: that of all networks; cores: the number that a network may use.
 
     group: shows the other processes of the server that a network is being opened.
     """

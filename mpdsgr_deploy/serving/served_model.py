@@ -62,7 +62,7 @@ class OpenedBundle(Bundle):
 
 
 class ServedModel:
-    """A served version of a model on `backend`, with at most so many `cores`. lane: the queue of its requests.
+    """A served version of a model on `backend`, which may use `cores` cores. lane: the queue of its requests.
 
     settings: those of the version before, because a measurement during live traffic would be unreliable; None: measure
     them, if the bundle has none. Raises InputError and EvaluationError as `open_predictor` does, and for a bundle that
