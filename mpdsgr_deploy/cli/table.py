@@ -70,6 +70,8 @@ def command(
         else:
             print_table(("table", "what it is"), [(stem, table.title) for stem, table in tables.items()])
         return
+    if minutes is not None and (flips or how.render_only):
+        raise InputError("--minutes limits the training and the attacks of rows; leave out --flips and --render-only")
     stem, table = load_table(name)
     chosen = [table.row(title) for title in rows] or list(table.rows)
     need("lightning_fabric", "train")
