@@ -104,22 +104,27 @@ def _exported(model: Any, shape: Shape, key: str) -> ir.Model:
     learned = {id(tensor) for tensor in weights.values()}
     structure = identity(model, lambda tensor: kind(tensor) if id(tensor) in learned else content(tensor))
     for name in (digest(structure, shape), key):
-        file = shared(f"{name}.graph", lambda path: path.write_bytes(pickle.dumps(_written(model, shape))))
-        written, fixed = pickle.loads(file.read_bytes())
+        file = shared(f"{name}.graph", lambda path: path.write_bytes(pickle.dumps(written(model, shape))))
+        network, fixed = pickle.loads(file.read_bytes())
         if all(content(weights[name]) == value for name, value in fixed.items()):
             break
-    graph = ir.from_proto(onnx.load_from_string(written))
+    graph = ir.from_proto(onnx.load_from_string(network))
     for name in weights.keys() - fixed.keys():
         graph.graph.initializers[name].const_value = ir.tensor(weights[name].detach().numpy(), name=name)
     return graph
 
 
-def _written(model: Any, shape: Shape) -> tuple[bytes, dict[str, object]]:
-    """What the exporter writes, and of those weights that are no constants of it, which it may have computed with."""
+def written(model: Any, shape: Shape) -> tuple[bytes, dict[str, object]]:
+    """What the exporter writes, and the values of those weights that no others can replace in it.
+
+    These are weights that the exporter computed with, and those that have several uses, because it keeps one of equal
+    constants.
+    """
     graph, fixed = onnx_writer.to_graph(model, shape), {}
     for name, tensor in model.state_dict().items():
         constant = graph.graph.initializers.get(name)
-        if constant is None or not np.array_equal(constant.const_value.numpy(), tensor.numpy()):
+        value = constant and constant.const_value
+        if value is None or len(constant.uses()) > 1 or not np.array_equal(value.numpy(), tensor.numpy()):
             fixed[name] = content(tensor)
     return ir.to_proto(graph).SerializeToString(), fixed
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import small_recipe
-from exporting_once import to_graph
+from exporting_once import to_graph, written
 
 from mpdsgr_deploy.bundle import WEIGHTS, Bundle
 from mpdsgr_deploy.data import load_test, load_training
@@ -230,6 +230,14 @@ def test_a_graph_that_tests_share_is_the_export_of_the_weights_put_into_it() -> 
     other = simplify(other)
     put_in, own = (ir.to_proto(make(other, shape)).SerializeToString() for make in (to_graph, onnx_writer.to_graph))
     assert put_in == own
+
+
+def test_a_constant_that_weights_share_is_not_replaced_by_those_of_another_network() -> None:
+    """The exporter keeps one of equal constants: here a deviation of 1 is the share of the only step too."""
+    model = build_model(small_recipe(encoding={"T": 1}), (1, 8, 8), 10).eval()
+    assert model.normalize.std.item() == model.readout.over_time.item() == 1
+    _, fixed = written(simplify(model), (1, 8, 8))
+    assert fixed.keys() & {"normalize.std", "readout.weight"} == {"normalize.std"}
 
 
 @pytest.mark.parametrize(("T", "last"), [(2, 1), (3, 1), (3, 2)])
