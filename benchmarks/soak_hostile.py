@@ -101,15 +101,17 @@ class HttpAttacks:
         answered = self._clock()
         while True:
             writer = None
-            with suppress(OSError, TimeoutError):
-                async with asyncio.timeout(PROBE_GAP):
-                    reader, writer = await asyncio.open_connection(*self._where)
-                    writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                    if (await reader.read(1 << 16))[9:12] == b"200":
-                        answered = self._clock()
-                        self._counts.kinds["probe"] += 1
-            if writer is not None:
-                writer.transport.abort()
+            try:
+                with suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(PROBE_GAP):
+                        reader, writer = await asyncio.open_connection(*self._where)
+                        writer.write(b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                        if (await reader.read(1 << 16))[9:12] == b"200":
+                            answered = self._clock()
+                            self._counts.kinds["probe"] += 1
+            finally:
+                if writer is not None:
+                    writer.transport.abort()
             if self._clock() - answered > PROBE_GAP:
                 self._counts.failed("hostile", f"no probe was answered for {PROBE_GAP:g} s")
                 answered = self._clock()

@@ -211,9 +211,11 @@ def _leaving(part: bytes) -> Ask:
     async def ask(connection: Connection) -> None:
         at = connection.endpoint.at
         _, writer = await asyncio.open_connection(at.host, at.port)
-        writer.write(part)
-        await writer.drain()
-        writer.transport.abort()
+        try:
+            writer.write(part)
+            await writer.drain()
+        finally:
+            writer.transport.abort()
 
     return ask
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import harness
 import serving
 import serving_peer
 import soak
+import soak_hostile
 import soak_traffic
 
 from mpdsgr_deploy.bundle import Bundle
@@ -99,3 +101,28 @@ def test_memory_is_told_by_tenths_of_the_time() -> None:
     tenths = soak.by_tenths(samples, 2)
     assert (len(tenths), tenths[0], tenths[-1]) == (10, 4.5, 99.0)  # of values to 9, and from 94 on
     assert soak.by_tenths([[0, 0, 7.0]], 2) == [7.0]
+
+
+def test_a_cancelled_probe_closes_its_connection() -> None:
+    async def cancel_during_probe() -> None:
+        asked, closed = asyncio.Event(), asyncio.Event()
+
+        async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readline()
+            asked.set()
+            await reader.read()
+            closed.set()
+            writer.close()
+
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        attacks = soak_hostile.HttpAttacks(host, port, b"\r\n\r\n", soak_traffic.Counts(), time.monotonic)
+        probe = asyncio.create_task(attacks.probe())
+        await asked.wait()
+        probe.cancel()
+        await asyncio.wait({probe})
+        async with asyncio.timeout(10):
+            await closed.wait()
+        server.close()
+
+    asyncio.run(cancel_during_probe())
