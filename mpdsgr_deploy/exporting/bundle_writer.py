@@ -37,6 +37,7 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
 
 PARITY_BATCHES = (1, 2, 5, 33)  # sizes of the batches that torch and the ONNX file are compared on
+FLOAT32 = "model.fp32.onnx"
 
 
 def export(
@@ -96,44 +97,16 @@ def export(
         images = _test_images(checkpoint, root, limit)
         if images is None and max_drop is not None:
             raise InputError("--max-drop needs the test images of the data set; give its directory with --root")
-        inputs = _probe(images, checkpoint.shape)
         reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
-        graph = to_graph(simplify(model), checkpoint.shape)
-        save(graph, scratch / "model.fp32.onnx")
-        expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
-        parity = compare(expected, onnx_logits)
-        if not parity.holds:
-            raise EvaluationError(
-                f"the exported network differs from the torch network ({parity}), so no bundle was written; please "
-                "report this as a bug"
-            )
-        log.info("onnxruntime compared with torch: %s", parity)
-        if images is None:
-            written = {name: _unmeasured_variant(graph, name, scratch) for name in variants}
-        else:
-            trial = Trial(graph, reference, checkpoint.recipe, images, scratch, attacked=len(variants) > 1)
-            written = {name: trial.variant(name, max_drop) for name in variants}
-        if not carry_images:  # images must not be stored as golden inputs either
-            inputs = _probe(None, checkpoint.shape)
-            expected, onnx_logits = _answers(reference, scratch / "model.fp32.onnx", inputs)
-        logits = {"fp32": expected}
-        for name in variants[1:]:
-            with OnnxRuntime(scratch / written[name].file, noise=reference.noise) as artefact:
-                logits[name] = artefact(inputs)
-            if not np.isfinite(logits[name]).all():
-                raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave this precision out")
-        for variant in written.values():
-            # raises InputError if the network cannot be attacked
-            derived(scratch / variant.file, trained_surrogate(checkpoint.recipe))
+        graph = _float32(model, reference, images, scratch)
+        written = _variants(variants, graph, reference, checkpoint.recipe, images, scratch, max_drop)
+        _save_golden(reference, written, images if carry_images else None, scratch)
         figures = None
         if images is not None:
             attacked_images = images[:attacked_count]
             figures = _promise(reference, checkpoint.recipe, attacked_images, tier, written, scratch)
             if carry_images:
                 save_images(attacked_images, scratch / IMAGES)
-        rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
-        arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
-        np.savez(scratch / GOLDEN, **arrays)
         (scratch / WEIGHTS).write_bytes(weights_bytes(model.state_dict()))
         return seal(
             scratch,
@@ -178,6 +151,63 @@ def _with_steps(
         return checkpoint, model, chosen_by
     model, recipe = first_steps(model, recipe, checkpoint.shape, steps)
     return checkpoint.model_copy(update={"recipe": recipe}), model, chosen_by
+
+
+def _float32(model: SpikingNet, reference: TorchModel, images: Images | None, folder: Path) -> ir.Model:
+    """Write the float32 variant and return its graph. Raises EvaluationError unless it answers as the torch network."""
+    graph = to_graph(simplify(model), reference.shape)
+    save(graph, folder / FLOAT32)
+    parity = compare(*_answers(reference, folder / FLOAT32, _probe(images, reference.shape)))
+    if not parity.holds:
+        raise EvaluationError(
+            f"the exported network differs from the torch network ({parity}), so no bundle was written; please "
+            "report this as a bug"
+        )
+    log.info("onnxruntime compared with torch: %s", parity)
+    return graph
+
+
+def _variants(
+    names: Sequence[str],
+    graph: ir.Model,
+    reference: TorchModel,
+    recipe: Recipe,
+    images: Images | None,
+    folder: Path,
+    max_drop: float | None,
+) -> dict[str, Variant]:
+    """Write every precision and return its manifest entry, with accuracies if there are images.
+
+    Raises InputError for one that has no attack graph, EvaluationError for one that loses more than max_drop.
+    """
+    if images is None:
+        written = {name: _unmeasured_variant(graph, name, folder) for name in names}
+    else:
+        trial = Trial(graph, reference, recipe, images, folder, attacked=len(names) > 1)
+        written = {name: trial.variant(name, max_drop) for name in names}
+    for variant in written.values():
+        derived(folder / variant.file, trained_surrogate(recipe))
+    return written
+
+
+def _save_golden(reference: TorchModel, variants: dict[str, Variant], images: Images | None, folder: Path) -> None:
+    """Write inputs and the logits that torch gives for them and that each reduced precision gives on this machine.
+
+    Without images the inputs are noise. Raises EvaluationError for a precision whose logits are not finite.
+    """
+    inputs = _probe(images, reference.shape)
+    expected, onnx_logits = _answers(reference, folder / FLOAT32, inputs)
+    logits = {"fp32": expected}
+    for name, variant in variants.items():
+        if name == "fp32":
+            continue
+        with OnnxRuntime(folder / variant.file, noise=reference.noise) as artefact:
+            logits[name] = artefact(inputs)
+        if not np.isfinite(logits[name]).all():
+            raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave this precision out")
+    rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
+    arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
+    np.savez(folder / GOLDEN, **arrays)
 
 
 def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
