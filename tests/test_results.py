@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from conftest import mpdsgr
+from exporting_once import to_graph
 
 from mpdsgr_deploy.attacks.tiers import TIERS, suite_of
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments import flip_records, flips_page, page_parts, table_page
+from mpdsgr_deploy.experiments import flip_measurement, flip_records, flips_page, page_parts, table_page
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record, read_records
 from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
 from mpdsgr_deploy.experiments.row_comparison import difference
@@ -268,7 +269,8 @@ def test_accuracy_under_pgd_is_drawn_by_epoch_where_it_was_measured(measured: Pa
     assert f"({table_page.EPOCHS_PLOT})" in table_page.render("small", spec, rows)
 
 
-def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path) -> None:
+def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flip_measurement, "to_graph", to_graph)
     done = table(measured, "digits-reg", "--seeds", "1", "--flips", "--images", "20")
     assert done.exit_code == 0, done.output
     folder = measured.parent / "results" / "flips"
@@ -280,3 +282,6 @@ def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path) -> 
     assert record.variants["last product int8"].layers == record.variants["int8, neurons fp32"].layers
     assert record.variants["last product int8"].logits_moved != record.variants["int8, neurons fp32"].logits_moved
     assert "| small | digits-reg | REG | 1 | 20 |" in (folder / flips_page.PAGE).read_text()
+    for variant in record.variants.values():
+        variant.layers = {name: layer.model_copy(update={"fresh": 0.0}) for name, layer in variant.layers.items()}
+    assert flips_page.plot({("small", "digits-reg"): [record]})[:4] == b"\x89PNG"  # without a flip

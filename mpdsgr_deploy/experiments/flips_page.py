@@ -217,8 +217,10 @@ def plot(rows: FlipRows) -> bytes:
         means = [100 * record.of(precision).mean("rate") for record in swept]
         right.plot(range(len(swept)), means, "o-", color=colour, markersize=4, label=precision)
         right.set_xticks(range(len(swept)), [f"{record.eta:g}" for record in swept])
-    left.plot([min(both), max(both)], [min(both), max(both)], color="black", linewidth=0.8, label="equal")
-    left.set(xscale="log", yscale="log", xlabel="density at the threshold × own mean |difference| of potentials")
+    if both:  # without a flip there is nothing to draw on logarithmic axes
+        left.plot([min(both), max(both)], [min(both), max(both)], color="black", linewidth=0.8, label="equal")
+        left.set(xscale="log", yscale="log")
+    left.set(xlabel="density at the threshold × own mean |difference| of potentials")
     left.set(ylabel="flips by a layer's own rounding (share)", title="every layer of every network")
     right.set(xlabel="eta of MPD-SGR (CIFAR-10, one seed)", ylabel="all flips (%)", ylim=(0, None), title="dose")
     for axes in (left, right):
