@@ -101,6 +101,8 @@ def test_an_interrupted_run_repeats_its_etas(
     budget: str, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = budgeted(target_omega=0.2) if budget == "target_omega" else budgeted(max_drop=0.1, reference=str(run_dir))
+    if budget == "target_omega":
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train_images": 260})})
     train(recipe, tmp_path / "whole")
     validate_epoch = training_run.validate_epoch
 

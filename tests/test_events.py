@@ -19,7 +19,7 @@ from mpdsgr_deploy.recipe import Data, load_recipe
 from mpdsgr_deploy.training import train
 
 Event = tuple[int, int, int, int]  # x, y, polarity, microseconds
-T = 3
+T = 2
 
 
 def record(x: int, y: int, polarity: int, t: int) -> bytes:

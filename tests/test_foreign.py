@@ -210,7 +210,7 @@ def test_a_faulty_derivation_does_not_pass_the_gate(
     out, gate = tmp_path / "bundle", tmp_path / "gate.toml"
     gate.write_text('tier = "commit"\nimages = 50\nmax_drop = 0.2\n')
     words = ["adopt", file("spikingjelly-soft"), "--images", "digits", "--surrogate", "arctan:2", "--limit", 50]
-    words += ["--set", "attack.strong_steps=10"]
+    words += ["--set", "attack.strong_steps=4"]
     done = CliRunner().invoke(main, [str(word) for word in (*words, "--out", out)])
     assert done.exit_code == 0, done.output
     done = CliRunner().invoke(main, ["validate", str(out), "--gate", str(gate), "--report", str(tmp_path / "report")])

@@ -13,7 +13,7 @@ from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.profile import STEPS, WARM_UP
 
-AT = {"at": {"eps": 0.1, "steps": 2, "step": 0.05}}
+AT = {"at": {"eps": 0.1, "steps": 1, "step": 0.1}}
 
 
 def profiled(out: Path, **training: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ limit = 10
 tier = "commit"
 set = [
     "model.name=plain-3", "model.width=0.25", "encoding.T=2", "training.epochs=1", "training.pictures=0",
-    "attack.strong_steps=2",
+    "attack.strong_steps=2", "data.train_images=260",
 ]
 
 [[methods]]
