@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.damage import cover_up, damage
 from mpdsgr_deploy.damage import seal_again as resealed
 from mpdsgr_deploy.recipe import Recipe
-from mpdsgr_deploy.validation import probes
 
 quick_tiers.use()
 gc.disable()  # until everything is collected and imported
@@ -243,9 +243,8 @@ def stochastic_recipe() -> Recipe:
 
 @pytest.fixture
 def real_tiers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tier `commit` as users have it, in this process: see `quick_tiers`."""
-    monkeypatch.setitem(TIERS, "commit", quick_tiers.REAL)
-    monkeypatch.setattr(probes, "ENOUGH", quick_tiers.REAL_ENOUGH)
+    """The attacks of the tier `commit` as users have them, in this process: see `quick_tiers`."""
+    monkeypatch.setitem(TIERS, "commit", replace(quick_tiers.REAL, probe=TIERS["commit"].probe))
 
 
 @pytest.fixture

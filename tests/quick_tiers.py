@@ -11,7 +11,7 @@ from mpdsgr_deploy.attacks.tiers import TIERS, Tier
 from mpdsgr_deploy.validation import probes
 
 FEWER = {"mpd-apgd": {"steps": 30}, "square": {"queries": 40}}
-REAL, REAL_ENOUGH = TIERS["commit"], probes.ENOUGH
+REAL = TIERS["commit"]
 
 
 def quick(tier: Tier, probe: int = 12) -> Tier:
