@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,9 @@ def test_the_doctor_needs_neither_a_bundle_nor_torch() -> None:
     assert not (DOCTOR / "bundle" / "engines").exists()
     for backend in ("torch", "torch-compile"):
         assert "mpdsgr-deploy[train]" in backends[backend]["fp32"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert shown["extras"].keys() == project["optional-dependencies"].keys() - {"dev"}
+    assert shown["extras"]["cpu"] == {"onnxruntime": version("onnxruntime")}
 
 
 def test_the_doctors_network_is_the_one_of_its_recipe_and_small() -> None:

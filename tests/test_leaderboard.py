@@ -103,6 +103,11 @@ def test_nothing_to_rank_is_one_line() -> None:
         CliRunner().invoke(command, ["--from"], catch_exceptions=False)
 
 
+def test_options_that_it_would_ignore_are_refused() -> None:
+    with pytest.raises(InputError, match="ignores --seeds, --flips; leave"):
+        CliRunner().invoke(command, ["--from", "report", "--flips", "--seeds", "0"], catch_exceptions=False)
+
+
 def test_the_committed_leaderboard_is_what_its_reports_give() -> None:
     files = sorted(RESULTS.glob("*.json"))
     assert len(files) > 2

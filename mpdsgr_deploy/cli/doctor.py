@@ -1,9 +1,11 @@
 """mpdsgr doctor"""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import requires
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,16 +21,6 @@ from mpdsgr_deploy.runtime import BACKENDS, open_predictor
 from mpdsgr_deploy.runtime.tensorrt import prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 
-EXTRAS = {
-    "train": ("torch", "torchvision", "lightning-fabric", "tensorboard", "safetensors", "onnxscript", "scikit-learn"),
-    "cpu": ("onnxruntime",),
-    "gpu": ("onnxruntime-gpu",),
-    "openvino": ("openvino",),
-    "tensorrt": ("tensorrt", "cuda-core"),
-    "rtx": ("tensorrt-rtx", "cuda-core"),
-    "report": ("matplotlib", "jinja2"),
-    "parquet": ("pyarrow",),
-}
 # The parts that have never run on a GPU, how they are tested without one, and the step of benchmarks/gpu.py for each
 UNPROVED = (
     ("Triton kernels of the LIF neuron", "in Triton's interpreter, and compiled for sm_90", "kernels"),
@@ -63,12 +55,12 @@ def command(bundle: str | None, as_json: bool) -> None:
         precisions = [named] if bundle and "@" in bundle else list(opened.manifest.variants)
         pairs = [(backend, precision) for backend in BACKENDS for precision in precisions]
         states = {pair: state(opened, *pair, build=bundle is None) for pair in track(pairs, "trying backends")}
-    packages = {extra: {name: package_version(name) for name in names} for extra, names in EXTRAS.items()}
+    packages = {extra: {name: package_version(name) for name in names} for extra, names in extras().items()}
     machine = provenance()
     if as_json:
         backends = {name: {p: states[name, p] for p in precisions} for name in BACKENDS}
         unproved = [dict(zip(("what", "tested", "step"), row, strict=True)) for row in UNPROVED]
-        print_json({"backends": backends, "packages": packages, "unproved_on_a_gpu": unproved, **machine})
+        print_json({"backends": backends, "extras": packages, "unproved_on_a_gpu": unproved, **machine})
         return
     print_table(("backend", "precision", "state"), grouped(states), "Backends")
     rows = [
@@ -80,6 +72,16 @@ def command(bundle: str | None, as_json: bool) -> None:
         ("never run on a GPU", "tested without one", "benchmarks/gpu.py --step"), UNPROVED, "Not tested on a GPU yet"
     )
     click.echo(f"mpdsgr-deploy {machine['mpdsgr_deploy']}, Python {machine['python']}, {hardware}")
+
+
+def extras() -> dict[str, list[str]]:
+    """Return the packages that each extra of this package installs, but for those of its developers."""
+    packages: dict[str, list[str]] = {}
+    for requirement in requires("mpdsgr-deploy") or ():
+        name, extra = re.match(r"[\w.-]+", requirement), re.search(r"extra == ['\"]([\w-]+)", requirement)
+        if name and extra and extra[1] != "dev":
+            packages.setdefault(extra[1], []).append(name[0])
+    return packages
 
 
 def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]:

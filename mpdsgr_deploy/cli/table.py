@@ -60,6 +60,7 @@ def command(
       mpdsgr table --from reports/reg reports/robust > leaderboard.md
     """
     if from_reports:
+        refuse_others("name", "rows", "from_reports")
         rank([Path(path) for path in (name, *rows) if path is not None])
         return
     if name is None:
@@ -89,6 +90,19 @@ def command(
 
         pack_results(stem, runs=how.runs, results=how.results, out=pack)
     sys.exit(code)
+
+
+def refuse_others(*arguments: str) -> None:
+    """Raise InputError if the command line of the running command has options other than these arguments."""
+    context = click.get_current_context()
+    others = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in arguments
+        and context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE
+    ]
+    if others:
+        raise InputError(f"--from only ranks reports and ignores {', '.join(others)}; leave these options out")
 
 
 def rank(reports: list[Path]) -> None:
