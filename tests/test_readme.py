@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+from conftest import mpdsgr
 from served import Served
 
 from mpdsgr_deploy.bundle import Bundle
@@ -118,7 +119,8 @@ def test_python_blocks(block: str, bundle: Bundle, run_dir: Path, tmp_path: Path
     for folder, target in (("bundles", bundle.path), ("runs", run_dir)):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "digits").symlink_to(target)
-    subprocess.run([sys.executable, "-c", block], cwd=tmp_path, check=True, capture_output=True)
+    done = mpdsgr("--help", cwd=tmp_path, prelude=block)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["export", "validate", "predict", "build", "inspect", "bundles", "adopt"])
