@@ -230,6 +230,8 @@ def test_plots_draw_every_layer_and_only_what_a_logarithm_has(measured: dict[str
         assert len(drawn) == T + 1
         np.testing.assert_allclose(drawn[1], [100 * s.rate for s in flips.steps if s.t == 1])
         np.testing.assert_allclose(drawn[T], [100 * flips.mean("fresh", layer) for layer in flips.layers()])
+        labels = [line.get_label() for line in axes.lines]
+        assert labels == [*(f"all flips, t = {t + 1}" for t in range(T)), "own rounding, all steps"]
     figure.draw_without_rendering()
     inside, legend = figure.bbox.extents, figure.legends[0].get_window_extent().extents
     assert inside[0] <= legend[0]

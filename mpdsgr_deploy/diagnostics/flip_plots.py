@@ -49,7 +49,7 @@ def by_layer(variants: Sequence[SpikeFlips]) -> Figure:
         for t in range(T):
             axes.plot(places, rates[:, t], "o-", color=shades[t], markersize=3, label=f"all flips, t = {t + 1}")
         own_rounding = [100 * flips.mean("fresh", layer) for layer in layers]
-        axes.plot(places, own_rounding, "x--", color=FRESH, label="own_rounding rounding, all steps")
+        axes.plot(places, own_rounding, "x--", color=FRESH, label="own rounding, all steps")
         axes.set_title(f"{flips.precision}: {flips.labels_changed} of {flips.n} labels changed")
         axes.set_xticks(places, layers, rotation=45 if len(layers) > 6 else 0)
         axes.set(xlabel="layer", yscale="symlog")
