@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +38,14 @@ from mpdsgr_deploy.trained_networks import load_network
 
 PARITY_BATCHES = (1, 2, 5, 33)  # sizes of the batches that torch and the ONNX file are compared on
 FLOAT32 = "model.fp32.onnx"
+
+
+class ComparedLogits(NamedTuple):
+    """Images [B, C, H, W], and the logits [B, K] that the torch network and its float32 ONNX file give for them."""
+
+    inputs: np.ndarray
+    torch: np.ndarray
+    onnx: np.ndarray
 
 
 def export(
@@ -98,9 +106,11 @@ def export(
         if images is None and max_drop is not None:
             raise InputError("--max-drop needs the test images of the data set; give its directory with --root")
         reference = TorchModel(model, checkpoint.shape, checkpoint.recipe.validation.seed)
-        graph = _float32(model, reference, images, scratch)
+        graph, compared = _float32(model, reference, images, scratch)
         written = _variants(variants, graph, reference, checkpoint.recipe, images, scratch, max_drop)
-        _save_golden(reference, written, images if carry_images else None, scratch)
+        if images is not None and not carry_images:  # images must not be stored as golden inputs either
+            compared = _compared(reference, _probe(None, checkpoint.shape), scratch)
+        _save_golden(reference, compared, written, scratch)
         figures = None
         if images is not None:
             attacked_images = images[:attacked_count]
@@ -153,18 +163,24 @@ def _with_steps(
     return checkpoint.model_copy(update={"recipe": recipe}), model, chosen_by
 
 
-def _float32(model: SpikingNet, reference: TorchModel, images: Images | None, folder: Path) -> ir.Model:
-    """Write the float32 variant and return its graph. Raises EvaluationError unless it answers as the torch network."""
+def _float32(
+    model: SpikingNet, reference: TorchModel, images: Images | None, folder: Path
+) -> tuple[ir.Model, ComparedLogits]:
+    """Write the float32 variant; return its graph and the logits that were compared with those of torch.
+
+    Raises EvaluationError if they differ.
+    """
     graph = to_graph(simplify(model), reference.shape)
     save(graph, folder / FLOAT32)
-    parity = compare(*_answers(reference, folder / FLOAT32, _probe(images, reference.shape)))
+    compared = _compared(reference, _probe(images, reference.shape), folder)
+    parity = compare(compared.torch, compared.onnx)
     if not parity.holds:
         raise EvaluationError(
             f"the exported network differs from the torch network ({parity}), so no bundle was written; please "
             "report this as a bug"
         )
     log.info("onnxruntime compared with torch: %s", parity)
-    return graph
+    return graph, compared
 
 
 def _variants(
@@ -190,14 +206,12 @@ def _variants(
     return written
 
 
-def _save_golden(reference: TorchModel, variants: dict[str, Variant], images: Images | None, folder: Path) -> None:
-    """Write inputs and the logits that torch gives for them and that each reduced precision gives on this machine.
+def _save_golden(reference: TorchModel, compared: ComparedLogits, variants: dict[str, Variant], folder: Path) -> None:
+    """Write inputs, the logits that torch gives for them, and those that each reduced precision gives on this machine.
 
-    Without images the inputs are noise. Raises EvaluationError for a precision whose logits are not finite.
+    Raises EvaluationError for a precision whose logits are not finite.
     """
-    inputs = _probe(images, reference.shape)
-    expected, onnx_logits = _answers(reference, folder / FLOAT32, inputs)
-    logits = {"fp32": expected}
+    inputs, logits = compared.inputs, {"fp32": compared.torch}
     for name, variant in variants.items():
         if name == "fp32":
             continue
@@ -205,7 +219,7 @@ def _save_golden(reference: TorchModel, variants: dict[str, Variant], images: Im
             logits[name] = artefact(inputs)
         if not np.isfinite(logits[name]).all():
             raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave this precision out")
-    rows = golden_rows(np.abs(expected - onnx_logits).max(1) <= TOLERANCE, [*logits.values()])
+    rows = golden_rows(np.abs(compared.torch - compared.onnx).max(1) <= TOLERANCE, [*logits.values()])
     arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
     np.savez(folder / GOLDEN, **arrays)
 
@@ -263,11 +277,9 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
     return np.random.default_rng(0).random((count, *shape), np.float32)
 
 
-def _answers(model: TorchModel, file: Path, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the logits [B, K] of the torch network, and those of its ONNX file."""
-    expected = _in_batches(model, inputs)
-    with OnnxRuntime(file, noise=model.noise) as artefact:
-        return expected, _in_batches(artefact, inputs)
+def _compared(model: TorchModel, inputs: np.ndarray, folder: Path) -> ComparedLogits:
+    with OnnxRuntime(folder / FLOAT32, noise=model.noise) as artefact:
+        return ComparedLogits(inputs, _in_batches(model, inputs), _in_batches(artefact, inputs))
 
 
 def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
