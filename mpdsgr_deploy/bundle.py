@@ -51,6 +51,11 @@ MANIFEST, WEIGHTS, GOLDEN = "manifest.json", "weights.safetensors", "golden.npz"
 ENGINES = "engines"
 
 
+def model_file(precision: str) -> str:
+    """Return the name of a precision's ONNX file in a bundle."""
+    return f"model.{precision}.onnx"
+
+
 class Bundle:
     """A verified bundle on disk, as `open_bundle` returns it.
 
@@ -72,6 +77,14 @@ class Bundle:
                 f"{self.path / MANIFEST} lists no hash for {name!r}, so it cannot be trusted; export again"
             )
         return self.root / name
+
+    def weights(self, otherwise: str) -> Path:
+        """Return the path of the torch weights. Raises InputError, with the advice `otherwise`, if there are none."""
+        if self.manifest.origin != "trained":
+            raise InputError(
+                f"{self.path} holds no torch weights, because its network was not trained by this package; {otherwise}"
+            )
+        return self.file(WEIGHTS)
 
     def variant(self, precision: str) -> Path:
         """Return the path of a precision's ONNX file. Raises InputError for a precision that the bundle lacks."""

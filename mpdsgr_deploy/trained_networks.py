@@ -5,6 +5,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.checkpoint import Checkpoint, load_checkpoint
 from mpdsgr_deploy.defences import build_defended
 from mpdsgr_deploy.errors import InputError
@@ -20,6 +21,15 @@ def load_network(directory: Path) -> tuple[Checkpoint, SpikingNet]:
     checkpoint = load_checkpoint(directory)
     weights = directory / checkpoint.weights
     return checkpoint, load_model(weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
+
+
+def load_bundled(bundle: Bundle, *, otherwise: str) -> SpikingNet:
+    """Return the torch network of a bundle, in eval mode on the CPU.
+
+    Raises InputError as `Bundle.weights`, which explains `otherwise`, and `load_model` do.
+    """
+    manifest = bundle.manifest
+    return load_model(bundle.weights(otherwise), manifest.recipe, manifest.input_shape, len(manifest.labels))
 
 
 def load_model(weights: Path, recipe: Recipe, shape: tuple[int, int, int], classes: int) -> SpikingNet:

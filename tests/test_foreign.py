@@ -89,7 +89,7 @@ def adopted(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_training_has_nothing_to_start_from_in_it(adopted: Bundle) -> None:
-    with pytest.raises(InputError, match="was not trained by this package, and no weights"):
+    with pytest.raises(InputError, match=r"holds no torch weights.*give --init the torch module"):
         find_weights(adopted.path)
 
 

@@ -27,7 +27,7 @@ from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, seal, staged
+from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, model_file, seal, staged
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
 from mpdsgr_deploy.lookup import choose
@@ -107,10 +107,11 @@ def adopt(
     tier = tier or filled.gate.tier
     attacked_images = images[: choose("tier", TIERS, tier).images]
     with staged(out) as scratch:
-        parts = {"fp32": _placed(model, main, scratch / "model.fp32.onnx", attacked_images, filled)}
+        float32 = scratch / model_file("fp32")
+        parts = {"fp32": _placed(model, main, float32, attacked_images, filled)}
         for name, file in variants.items():
             other = _same_kind(file, read_classifier(file, preprocessing), main)
-            parts[name] = _placed(file, other, scratch / f"model.{name}.onnx", attacked_images, filled)
+            parts[name] = _placed(file, other, scratch / model_file(name), attacked_images, filled)
             # raises InputError if it cannot be attacked; the survey has checked that for float32
             attack_graph(other.network, surrogate)
         exact = _agrees(model, parts["fp32"].logits, reference)
@@ -118,8 +119,8 @@ def adopt(
         _warn_of_counts(parts["fp32"].logits)
         main = main._replace(network=onnx.ModelProto())  # free the memory for the attacks, which read the files
         written = {name: _variant(name, part, attacked_images, filled) for name, part in parts.items()}
-        with OnnxRuntime(scratch / "model.fp32.onnx", settings=CHUNK) as predictor:
-            network = NetworkFile(scratch / "model.fp32.onnx", predictor)
+        with OnnxRuntime(float32, settings=CHUNK) as predictor:
+            network = NetworkFile(float32, predictor)
             logits = parts["fp32"].logits if reference is None else reference[: len(attacked_images)].astype(np.float32)
             figures, verdicts = promise(network, filled, attacked_images, tier, logits, of="fp32")
         save_reference(verdicts, scratch / REFERENCE)
@@ -257,7 +258,7 @@ def _variant(name: str, part: AdoptedVariant, images: Images, recipe: Recipe) ->
     correct = int((part.logits.argmax(1) == images.classes).sum())
     accuracy = Accuracy(data=recipe.data.name, correct=correct, n=len(images))
     layers = {} if name == "fp32" else {"all": "as its file says"}
-    return Variant(file=f"model.{name}.onnx", layers=layers, accuracy=accuracy)
+    return Variant(file=model_file(name), layers=layers, accuracy=accuracy)
 
 
 def _save_golden(
@@ -271,7 +272,7 @@ def _save_golden(
         x = np.random.default_rng(0).random((32, *parts["fp32"].classifier.shape), np.float32)
         logits = {}
         for name in parts:
-            with OnnxRuntime(folder / f"model.{name}.onnx") as network:
+            with OnnxRuntime(folder / model_file(name)) as network:
                 logits[name] = network(x)
         exact = np.ones(len(x), np.bool_)
     rows = golden_rows(exact, [*logits.values()])

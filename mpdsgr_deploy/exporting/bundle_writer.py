@@ -11,7 +11,7 @@ import onnx_ir as ir
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, seal, staged
+from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, model_file, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint, weights_bytes
 from mpdsgr_deploy.data import Images, load_test, load_training
 from mpdsgr_deploy.data.likeness import PixelStatistics
@@ -37,7 +37,6 @@ from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
 
 PARITY_BATCHES = (1, 2, 5, 33)  # sizes of the batches that torch and the ONNX file are compared on
-FLOAT32 = "model.fp32.onnx"
 
 
 class ComparedLogits(NamedTuple):
@@ -171,7 +170,7 @@ def _float32(
     Raises EvaluationError if they differ.
     """
     graph = to_graph(simplify(model), reference.shape)
-    save(graph, folder / FLOAT32)
+    save(graph, folder / model_file("fp32"))
     compared = _compared(reference, _probe(images, reference.shape), folder)
     parity = compare(compared.torch, compared.onnx)
     if not parity.holds:
@@ -278,7 +277,7 @@ def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _compared(model: TorchModel, inputs: np.ndarray, folder: Path) -> ComparedLogits:
-    with OnnxRuntime(folder / FLOAT32, noise=model.noise) as artefact:
+    with OnnxRuntime(folder / model_file("fp32"), noise=model.noise) as artefact:
         return ComparedLogits(inputs, _in_batches(model, inputs), _in_batches(artefact, inputs))
 
 
@@ -290,6 +289,6 @@ def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
 
 def _unmeasured_variant(graph: ir.Model, precision: str, folder: Path) -> Variant:
     """Write a variant and return its manifest entry without accuracies, because there are no images."""
-    layers, file = plan(graph, precision), f"model.{precision}.onnx"
+    layers, file = plan(graph, precision), model_file(precision)
     save(convert(graph, layers), folder / file)
     return Variant(file=file, layers=layers)

@@ -12,38 +12,24 @@ import numpy as np
 
 from mpdsgr_deploy.atomic_files import writing
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.bundle import WEIGHTS, Bundle
+from mpdsgr_deploy.bundle import Bundle, model_file
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import convert, plan
-from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.parity import MINIMUM_SHARE, compare
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.trained_networks import load_model
+from mpdsgr_deploy.trained_networks import load_bundled
 
 ALIKE = 1e-2  # the change that another order of rounding may cause, as a share of the gradient's largest entry
 WRITERS = ("torch", "onnx", "onnxscript")  # packages whose versions decide which bytes are written
 
 
-def trained_model(bundle: Bundle) -> SpikingNet:
-    """Return the torch network of a bundle, in eval mode, on the CPU.
-
-    Raises InputError for a bundle without weights, and for weights that do not fit the recipe's network.
-    """
-    manifest = bundle.manifest
-    if manifest.origin != "trained":
-        raise InputError(
-            f"{bundle.path} holds no weights from which to export again, because its network is {manifest.origin}"
-        )
-    return load_model(bundle.file(WEIGHTS), manifest.recipe, manifest.input_shape, len(manifest.labels))
-
-
 def rebuild_faults(bundle: Bundle) -> list[str]:
     """Return one line per file that differs from a new export of the weights; an empty list if none does in any byte.
 
-    Raises InputError as `trained_model` does.
+    Raises InputError as `load_bundled` does.
     """
     faults = []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,9 +48,10 @@ def _exported_again(bundle: Bundle, folder: Path) -> Iterator[tuple[str, Path, l
 
     Those are the names of layers that only the manifest or only the network has; if there are any, no file is written.
     """
-    graph = to_graph(simplify(trained_model(bundle)), bundle.manifest.input_shape)
+    model = load_bundled(bundle, otherwise="its ONNX files cannot be exported again")
+    graph = to_graph(simplify(model), bundle.manifest.input_shape)
     for precision, variant in bundle.manifest.variants.items():
-        rebuilt = folder / f"model.{precision}.onnx"
+        rebuilt = folder / model_file(precision)
         layers = sorted(plan(graph, precision).keys() ^ variant.layers.keys())
         if not layers:
             with writing(rebuilt, "finished results are kept"):

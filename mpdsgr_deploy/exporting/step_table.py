@@ -15,11 +15,11 @@ from mpdsgr_deploy.attacks.condition import CLEAN, PGD, WORST
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.operation_counts import macs
-from mpdsgr_deploy.exporting.rebuild import trained_model
 from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
+from mpdsgr_deploy.trained_networks import load_bundled
 
 CONDITIONS = (CLEAN, PGD, WORST)
 BATCHES = (1, 32)
@@ -69,7 +69,7 @@ def step_times(bundle: Bundle, images: Images) -> dict[str, list[dict[int, float
 @contextmanager
 def _every_step(bundle: Bundle) -> Iterator[dict[str, list[StepFile]]]:
     """Export 1 to T steps of every precision to temporary files, and provide these by precision in a with block."""
-    model, manifest = trained_model(bundle), bundle.manifest
+    model, manifest = load_bundled(bundle, otherwise="it cannot be exported with fewer time steps"), bundle.manifest
     recipe, shape = manifest.recipe, manifest.input_shape
     layers = {name: variant.layers for name, variant in manifest.variants.items()}
     with TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks import pgd
-from mpdsgr_deploy.bundle import Accuracy, Variant
+from mpdsgr_deploy.bundle import Accuracy, Variant, model_file
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError
 from mpdsgr_deploy.exporting.onnx_writer import save
@@ -53,8 +53,8 @@ class Trial:
         if max_drop is not None and drop(self._exact, answers, self._classes) > max_drop:
             layers, answers = self._within(max_drop, precision, layers)
         accuracies = {name: self._accuracy(logits) for name, logits in answers.items()}
-        file = f"model.{precision}.onnx"
-        return Variant(file=file, layers=layers, accuracy=accuracies["clean"], attacked=accuracies.get("attacked"))
+        clean, attacked = accuracies["clean"], accuracies.get("attacked")
+        return Variant(file=model_file(precision), layers=layers, accuracy=clean, attacked=attacked)
 
     def _within(self, max_drop: float, precision: str, layers: dict[str, str]) -> tuple[dict[str, str], Answers]:
         """Change layers to a finer precision until max_drop holds, beginning with those that change the logits most.
@@ -83,7 +83,7 @@ class Trial:
 
     def _answers(self, precision: str, layers: Mapping[str, str]) -> Answers:
         """Write the variant's file, which replaces one of an earlier choice of layers, and compute its logits."""
-        file = self._folder / f"model.{precision}.onnx"
+        file = self._folder / model_file(precision)
         save(convert(self._graph, layers), file)
         with OnnxRuntime(file, noise=self._noise) as network:
             size = self._recipe.validation.batch_size

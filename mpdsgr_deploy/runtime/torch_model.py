@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.attacks import expectation
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import AdaptiveTorch, Loss, cross_entropy, dlr, input_gradient, margin, weighted
-from mpdsgr_deploy.bundle import WEIGHTS, Bundle, NoiseInput
+from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.protocols import Adaptive, Differentiable, Gradient, State
@@ -19,7 +19,7 @@ from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.image_noise import NoiseSource
 from mpdsgr_deploy.snn.compiled import quiet_compiler
 from mpdsgr_deploy.snn.draws import Kind
-from mpdsgr_deploy.trained_networks import load_model
+from mpdsgr_deploy.trained_networks import load_bundled
 
 NO_MEMORY = "can't allocate memory"  # part of torch's message on a CPU, for which it has no error class
 
@@ -83,15 +83,8 @@ class TorchModel(AbstractContextManager["TorchModel"]):
     @classmethod
     def from_bundle(cls, bundle: Bundle, noise: NoiseSource | None = None) -> Self:
         """Load the network of the bundle's recipe with its weights. Raises InputError for a bundle without weights."""
-        manifest = bundle.manifest
-        if manifest.origin != "trained":
-            raise InputError(
-                f"{bundle.path} holds no torch weights, because its network was not trained by this package; use "
-                "another backend"
-            )
-        shape = manifest.input_shape
-        model = load_model(bundle.file(WEIGHTS), manifest.recipe, shape, len(manifest.labels))
-        return cls(model, shape, manifest.recipe.validation.seed, noise)
+        model, manifest = load_bundled(bundle, otherwise="use another backend"), bundle.manifest
+        return cls(model, manifest.input_shape, manifest.recipe.validation.seed, noise)
 
     def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         check_images(x, self.shape)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 from mpdsgr_deploy.bundle import MANIFEST, WEIGHTS, open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint, load_checkpoint
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
 
 
@@ -51,15 +50,9 @@ def find_weights(path: Path) -> TrainedWeights:
 
 def _of_bundle(path: Path) -> TrainedWeights:
     bundle = open_bundle(path)
-    manifest = bundle.manifest
-    if manifest.origin != "trained":
-        raise InputError(
-            f"{path} holds a network that was not trained by this package, and no weights to continue from; give "
-            "--init the torch module it was made from (package.module:function)"
-        )
-    file, history = bundle.file(WEIGHTS), manifest.provenance
+    manifest, history = bundle.manifest, bundle.manifest.provenance
     return TrainedWeights(
-        file,
+        bundle.weights("give --init the torch module it was made from (package.module:function)"),
         manifest.files[WEIGHTS],
         manifest.recipe,
         manifest.input_shape,
