@@ -94,28 +94,44 @@ def _inline(value: Any) -> str:
 def read_json(path: Path, *, otherwise: str) -> Any:
     """Read a JSON file. Raises InputError, which ends in the advice `otherwise`, if it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes())
+        text = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; {otherwise}") from None
+    return _from_json(text, str(path), otherwise)
+
+
+def _from_json(text: str | bytes, source: str, otherwise: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError):
-        raise InputError(f"{path} is damaged (not JSON); {otherwise}") from None
+        raise InputError(f"{source} is damaged (not JSON); {otherwise}") from None
 
 
 def read_document(path: Path, model: type[M], version: int, *, otherwise: str) -> M:
     """Read a JSON file of this package as `model`. otherwise: advice on how to get a valid file.
 
-    Raises InputError if it is missing or damaged, has no schema_version or one above `version`, or does not fit the
-    model.
+    Raises InputError if it is missing, and as `parse_document` does.
     """
-    values = read_json(path, otherwise=otherwise)
-    schema_version = values.get("schema_version") if isinstance(values, dict) else None
-    if type(schema_version) is not int or schema_version < 1:
-        raise InputError(f"{path} has no valid schema_version; {otherwise}")
-    if schema_version > version:
+    return _document(read_json(path, otherwise=otherwise), model, version, str(path), otherwise)
+
+
+def parse_document(text: str, model: type[M], version: int, source: str, *, otherwise: str) -> M:
+    """Return JSON that this package wrote as `model`. source: what errors call it; otherwise: how to get valid JSON.
+
+    Raises InputError if it is damaged, has no schema_version or one above `version`, or does not fit the model.
+    """
+    return _document(_from_json(text, source, otherwise), model, version, source, otherwise)
+
+
+def _document(values: Any, model: type[M], version: int, source: str, otherwise: str) -> M:
+    written = values.get("schema_version") if isinstance(values, dict) else None
+    if type(written) is not int or written < 1:
+        raise InputError(f"{source} has no valid schema_version; {otherwise}")
+    if written > version:
         raise InputError(
-            f"{path} has schema version {schema_version}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
+            f"{source} has schema version {written}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
         )
-    return parse(model, values, str(path))
+    return parse(model, values, source)
 
 
 def parse(model: type[M], values: Any, source: str) -> M:

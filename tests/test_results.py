@@ -45,7 +45,8 @@ TOO_LARGE = 'recipe = "digits-reg"\nname = "too-large"\nset = ["training.batch_s
 
 def table(file: Path, *options: object) -> Result:
     """The command in this process, on a table file; everything it writes lies beside that file."""
-    places = ("--runs", file.parent / "runs", "--out", file.parent / "results")
+    runs = [] if "--render-only" in options else ["--runs", file.parent / "runs"]
+    places = (*runs, "--out", file.parent / "results")
     return CliRunner().invoke(command, [str(a) for a in (file, *options, *places)])
 
 
@@ -108,8 +109,10 @@ def test_processes_that_write_at_once_lose_nothing(measured: Path, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
     text = (tmp_path / RECORDS).read_text()
     for broken, expected in (
-        (text[:-20], r"line 20 is damaged; remove the line"),
-        ("{}\n" + text, "line 1 is damaged"),
+        (text[:-20], r"line 20 is damaged \(not JSON\); remove the line"),
+        ("{}\n" + text, "line 1 has no valid schema_version; remove the line"),
+        (text.replace('"schema_version":2', '"schema_version":"2"', 1), "line 1 has no valid schema_version"),
+        ("3\n" + text, "line 1 has no valid schema_version"),
         (text.replace('"schema_version":2', '"schema_version":3', 1), "line 1 has schema version 3"),
     ):
         (tmp_path / RECORDS).write_text(broken)

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, PlainSerializer
 
 from mpdsgr_deploy.atomic_files import write_atomic
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.locks import LOCK, exclusive
-from mpdsgr_deploy.schema import parse
+from mpdsgr_deploy.schema import parse_document
 
 RECORDS = "results.jsonl"
 DIGITS = 6  # significant digits of a measured number
@@ -32,23 +31,13 @@ Rounded = PlainSerializer(rounded)  # annotates a field of measured numbers
 def read_records(path: Path, model: type[R], version: int) -> list[R]:
     """Return the records of a file, in its order; none if there is no file.
 
-    Raises InputError, which names the line, for a record that is damaged, does not fit `model`, or was written by a
-    later version of this package (its schema_version is above `version`).
+    Raises InputError, which names the line, as `parse_document` does.
     """
-    records = []
-    for number, line in enumerate(read_lines(path), 1):
-        source = f"{path}, line {number}"
-        try:
-            values = json.loads(line)
-            written = values["schema_version"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{source} is damaged; remove the line and measure again") from None
-        if written > version:
-            raise InputError(
-                f"{source} has schema version {written}, and this mpdsgr-deploy reads {version}; upgrade mpdsgr-deploy"
-            )
-        records.append(parse(model, values, source))
-    return records
+    advice = "remove the line and measure again"
+    return [
+        parse_document(line, model, version, f"{path}, line {number}", otherwise=advice)
+        for number, line in enumerate(read_lines(path), 1)
+    ]
 
 
 def read_lines(path: Path) -> list[str]:
