@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, one_line
 
 
 def sha256(path: Path) -> str:
@@ -21,14 +21,26 @@ def sha256(path: Path) -> str:
 def writing(path: Path, reassurance: str) -> Iterator[None]:
     """Raise errors of the operating system during the block, which writes `path`, as InputError with advice.
 
-    reassurance: a clause for the message, which says what is not lost if the disk is full.
+    reassurance: a clause for the message, which says what is not lost. An error about another file, which the block
+    reads, is raised as an InputError that names that file.
     """
     try:
         yield
     except OSError as error:
+        if error.errno is None or (error.filename is not None and not _belongs_to(error.filename, path)):
+            raise InputError(f"{path} was not written: {one_line(error)}; {reassurance}") from error
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None), errno.EFBIG)
         advice = f"free some space and run again; {reassurance}" if full else "choose another place"
         raise InputError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
+
+
+def _belongs_to(file: Any, path: Path) -> bool:
+    """Whether `file` is `path`, a part of it, one of its parents, or a temporary file beside it, by their names."""
+    file, path = (Path(os.path.abspath(os.fsdecode(name))) for name in (file, path))
+    if path.is_relative_to(file):
+        return True
+    beside = file.relative_to(path.parent).parts[0] if file.is_relative_to(path.parent) else ""
+    return beside == path.name or beside.startswith((f".{path.name}.", f"{path.name}."))
 
 
 def followed(path: Path) -> Path:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mpdsgr_deploy.atomic_files import writing
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.locks import LOCK, exclusive
 
@@ -41,18 +42,16 @@ def recover_directory(out: Path) -> None:
 def scratch_directory(out: Path, what: str) -> Iterator[Path]:
     """Yield an empty directory beside the claimed `out`, to build `what` in; `replace_directory` moves it to `out`.
 
-    After the block it is removed, and `out` too if it is empty. Raises InputError if the block raises an OSError, and
-    while another process builds for the same `out`.
+    After the block it is removed, and `out` too if it is empty. Raises InputError as `writing` does for an OSError of
+    the block, and while another process builds for the same `out`.
     """
     scratch = out.with_name(f".{out.name}.tmp")
     with exclusive(out.with_name(f".{out.name}{LOCK}"), f"process that makes {what} {out}"):
         shutil.rmtree(scratch, ignore_errors=True)
         try:
-            scratch.mkdir()
-            yield scratch
-        except OSError as error:
-            reason = error.strerror or error
-            raise InputError(f"cannot write {what} {out}: {reason}; an earlier one is unchanged") from error
+            with writing(out, f"an earlier {what} is unchanged"):
+                scratch.mkdir()
+                yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             with suppress(OSError):  # this removes only an empty directory

@@ -1,5 +1,7 @@
 """A training run's directory belongs to one process and one set of images."""
 
+import errno
+import io
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ import pytest
 from conftest import small_recipe
 from PIL import Image
 
+from mpdsgr_deploy.atomic_files import atomic_file
 from mpdsgr_deploy.claimed_directories import claim_directory, scratch_directory
 from mpdsgr_deploy.data import load_training
 from mpdsgr_deploy.errors import InputError
@@ -47,6 +50,27 @@ def test_two_processes_do_not_make_the_same_directory(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="process that makes bundle"), scratch_directory(out, "bundle"):
             pass
         assert (scratch / "begun").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_reading_is_not_called_one_of_writing(tmp_path: Path) -> None:
+    """What a block reads may lie beside what it writes, and may have a similar name."""
+    for name in ("missing", "outer", "data/out"):
+        for block in (scratch_directory(tmp_path / "out", "bundle"), atomic_file(tmp_path / "out")):
+            with pytest.raises(InputError, match=rf"out was not written: .*{name}.*unchanged"), block:
+                (tmp_path / name).read_bytes()
+    with (
+        pytest.raises(InputError, match=r"out was not written: cannot identify image file"),
+        atomic_file(tmp_path / "out"),
+    ):
+        Image.open(io.BytesIO(b"no image"))
+    with (
+        pytest.raises(InputError, match=r"^cannot write .*out: No such"),
+        scratch_directory(tmp_path / "out", "bundle") as scratch,
+    ):
+        (scratch / "none" / "file").write_text("")
+    with pytest.raises(InputError, match=r"^cannot write .*out: No space"), atomic_file(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
 
 
