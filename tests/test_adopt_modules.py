@@ -118,7 +118,7 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             find_module(name)
     done = CliRunner().invoke(main, ["export", "own_net:build", "--out", "out"])
     assert done.exit_code == 2
-    assert "give --data" in done.output
+    assert "is attacked with --data" in done.output
     words = ["export", "own_net:build", "--data", "digits", "--limit", "3", "--precision", "int8", "--out", "out"]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output

@@ -251,7 +251,7 @@ def test_inspect_refuses_what_does_not_go_with_an_attack_graph(precise: Bundle, 
     for path, arguments, complaint in (
         (precise.path, ["--attack-graph", precise.path / "attack.onnx"], "is inside the bundle"),
         (precise.path, ["--attack-graph", tmp_path / "none" / "attack.onnx"], "cannot write"),
-        (precise.path, ["--attack-graph", tmp_path / "attack.onnx", "--flips"], "leave out OTHER"),
+        (precise.path, ["--attack-graph", tmp_path / "attack.onnx", "--flips"], "--attack-graph ignores --flips"),
         (f"{precise.path}@int4", ["--attack-graph", tmp_path / "attack.onnx"], "has no precision 'int4'"),
     ):
         assert_input_error(mpdsgr_here("inspect", path, *arguments), complaint)

@@ -65,7 +65,5 @@ def test_what_a_card_cannot_be_made_of_is_refused(bundle: Bundle, report_dir: Pa
         ([bundle.path, "--card", "--report", report_dir], "is the report of another network"),
         ([BUNDLE, "--card", "--report", tmp_path / "none"], "give a report of `mpdsgr validate`"),
         ([BUNDLE, "--card", "--report", tmp_path], "give a report of `mpdsgr validate`"),
-        ([BUNDLE, "--card", "--json"], "--card needs a bundle"),
-        ([BUNDLE, "--report", report_dir], "add --card"),
     ):
         assert_input_error(mpdsgr_here("inspect", *options), part)

@@ -71,6 +71,6 @@ def test_the_command(bundle: Bundle) -> None:
     assert all(math.isfinite(cost["images_per_second"]) for cost in found["costs"])
     assert_input_error(mpdsgr_here("bench"), "give BUNDLE")
     assert_input_error(
-        mpdsgr_here("bench", "--url", "http://127.0.0.1:1/v2/models/a", "--batch", "1,2"), "only with BUNDLE"
+        mpdsgr_here("bench", "--url", "http://127.0.0.1:1/v2/models/a", "--batch", "1,2"), "give one number of images"
     )
     assert mpdsgr_here("bench", bundle.path, "--seconds", "0.1", "--backend", "tensorrt").returncode == 3

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import assert_input_error, mpdsgr_here
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
@@ -68,11 +67,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_command_that_ends_in_time_gives_its_exit_code() -> None:
     assert jobs.run_limited([sys.executable, "-S", "-c", "raise SystemExit(3)"], 60) == 3
-
-
-@pytest.mark.parametrize("option", ["--flips", "--render-only"])
-def test_minutes_refuse_what_they_do_not_limit(option: str) -> None:
-    assert_input_error(mpdsgr_here("table", "digits", "--minutes", 1, option), "leave out --flips and --render-only")
 
 
 def load(home: Path) -> tuple[TableSpec, Measured]:

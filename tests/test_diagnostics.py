@@ -235,7 +235,8 @@ def test_inspect_draws_one_layer_and_refuses_what_it_cannot_draw(run_dir: Path, 
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(InputError, match="not a set of plots"):
         plot_checkpoint(run_dir, tmp_path / "mine")
-    assert "add --plots DIRECTORY" in CliRunner().invoke(main, ["inspect", str(run_dir), "--images", "5"]).stderr
+    done = CliRunner().invoke(main, ["inspect", str(run_dir), "--images", "5"])
+    assert "a checkpoint without --plots ignores --limit" in done.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS[1:3], ids=["fully-connected", "none"])

@@ -192,7 +192,6 @@ def test_without_the_data_set_golden_inputs_serve(tmp_path: Path, monkeypatch: p
     [
         ((DIGITS, "nothing"), ["nothing is not a training run, checkpoint, bundle or report"]),
         ((DIGITS, f"{DIGITS}@fp4"), ["fp4", "fp32, int8"]),
-        ((DIGITS, DIGITS, "--flips"), ["do not work with two paths; leave them out"]),
     ],
 )
 def test_what_cannot_be_read_is_one_line(words: tuple[object, ...], parts: list[str]) -> None:

@@ -262,4 +262,3 @@ def test_inspect_shows_what_each_number_of_steps_costs(short: Bundle, costs: Cal
 
 def test_inspect_steps_needs_a_bundle_with_weights(three_steps: Path, short: Bundle) -> None:
     assert_input_error(mpdsgr_here("inspect", three_steps, "--steps"), "is not one")
-    assert_input_error(mpdsgr_here("inspect", short.path, "--steps", "--flips"), "one of them")

@@ -18,9 +18,11 @@ def evaluation_images(source: str, root: str | None, shape: tuple[int, int, int]
 
     source: a folder with files CLASS/NAME.png; an .npz file with the arrays pixels (uint8 [N, C, H, W]), classes (int
     [N]) and optionally labels (str [K]); or the name of a registered data set, whose files are in `root`. Raises
-    InputError for images of another shape, and for a source that cannot be read.
+    InputError for images of another shape, for a source that cannot be read, and for a `root` of another source.
     """
     path = Path(source)
+    if root is not None and (path.is_dir() or path.suffix == ".npz"):
+        raise InputError(f"{source} is not the name of a data set, whose directory --root gives; leave --root out")
     if path.is_dir():
         if shape is None:
             raise InputError(

@@ -8,6 +8,7 @@ import click
 import numpy as np
 
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.cli.ignored import refuse_all_but
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
@@ -112,6 +113,8 @@ def command(
       mpdsgr adopt net.onnx --images cifar10 --root data --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --out bundles/net
       mpdsgr validate bundles/net --report reports/net
     """
+    if check:
+        refuse_all_but("--check", "model", "surrogate", "mean", "std", "pixels", "layout", "check", "as_json")
     from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.cli.bench_bundle import bench_bundle
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
@@ -126,6 +127,9 @@ def command(
     if (bundle is None) == (url is None):
         raise InputError("give BUNDLE to measure this machine, or --url to measure a server")
     if bundle is not None:
+        refuse_ignored("BUNDLE", "concurrency", "rate", "requests", "images", "seed", "api_key_file")
+        if total is None:
+            refuse_ignored("mpdsgr bench without --total", "hours")
         bench_bundle(
             bundle,
             backends or [DEFAULT_BACKEND],
@@ -137,9 +141,12 @@ def command(
             as_json=as_json,
         )
         return
-    if len(batches) > 1 or backends or precisions or total:
-        raise InputError("--backend, --precision, --total and several batches work only with BUNDLE, not with --url")
     assert url is not None
+    refuse_ignored("--url", "backends", "precisions", "total", "hours")
+    if images is not None and not rate:
+        refuse_ignored("--images without --rate", "seed")
+    if len(batches) > 1:
+        raise InputError("with --url, give one number of images per request as --batch")
     (batch,) = batches
     if concurrency and rate:
         raise InputError("--concurrency and --rate are two ways of sending requests; give only one of them")

@@ -7,6 +7,7 @@ from functools import partial
 import click
 
 from mpdsgr_deploy.bundle import Bundle, Prepared
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
@@ -62,9 +63,9 @@ def command(
       mpdsgr build bundles/digits --backend openvino --precision int8
     """
     builder = choose("backend", BUILDERS, backend)
+    if backend not in LIBRARIES:
+        refuse_ignored(f"--backend {backend}", "batch", "target")
     if target is not None:
-        if backend not in LIBRARIES:
-            raise InputError(f"--target is for {' and '.join(LIBRARIES)}; {backend} is tuned for this machine")
         builder = partial(builder, targets=target.split(","))
     batch_sizes = None if batch is None else parse_batch(batch)
     opened, chosen = opened_bundle(bundle, precision)

@@ -7,6 +7,7 @@ import click
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.checkpoint import CHOICES, Choice
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
@@ -101,13 +102,18 @@ def command(
       mpdsgr export runs/digits-mpdsgr --out bundles/digits --precision fp16,int8
       mpdsgr export runs/vgg11 --out bundles/vgg11 --precision int8 --tier release --root data
     """
+    is_module = ":" in run.name and not run.exists()
+    if is_module:
+        refuse_ignored("the export of a module", "choice", "steps", "max_drop")
+    else:
+        refuse_ignored("the export of a training run", "data", "surrogate")
     need("onnxscript", "train")
     from mpdsgr_deploy.exporting import export
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
-    if ":" in run.name and not run.exists():
-        if data is None or choice is not None or max_drop is not None or steps is not None:
-            raise InputError(f"{run} is a module: give --data, and none of --checkpoint, --max-drop and --steps")
+    if is_module:
+        if data is None:
+            raise InputError(f"{run} is a module; name the images on which it is attacked with --data")
         bundle = _of_module(str(run), out, data, root, limit, surrogate, precisions, tier, images)
     else:
         bundle = export(

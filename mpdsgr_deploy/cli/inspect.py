@@ -6,6 +6,7 @@ import click
 
 from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
+from mpdsgr_deploy.cli.ignored import refuse_all_but, refuse_ignored
 from mpdsgr_deploy.cli.inspect_pair import inspect_pair
 from mpdsgr_deploy.cli.inspect_steps import IMAGES as STEP_IMAGES
 from mpdsgr_deploy.cli.inspect_steps import inspect_steps
@@ -108,39 +109,23 @@ def command(
       mpdsgr inspect runs/digits bundles/digits@int8 --plots plots/digits-int8
     """
     if attack_file is not None:
-        if other or flips or steps or plots or root or images or as_card or report or layers or channels or as_json:
-            raise InputError("--attack-graph only writes a file; leave out OTHER and all other options")
+        refuse_all_but("--attack-graph", "path", "attack_file")
         write_attack_graph(str(path), attack_file)
         return
     if other is not None:
-        if flips or steps or as_card or report or layers or channels:
-            raise InputError(
-                "--flips, --steps, --card, --report, --layer and --channel do not work with two paths; leave them out"
-            )
+        refuse_ignored("a comparison of two paths", "flips", "steps", "as_card", "report", "layers", "channels")
         if plots is not None:
             need("matplotlib", "report")
         inspect_pair(str(path), other, plots=plots, root=root, images=images or IMAGES, as_json=as_json)
         return
     is_bundle = (path / MANIFEST).exists()
-    if flips and steps:
-        raise InputError("--flips and --steps are two measurements; give only one of them")
-    if (flips or steps) and not is_bundle:
-        raise InputError(f"--flips and --steps need a bundle, and {path} is not one; export it first")
-    if is_bundle and ((plots and not (flips or steps)) or layers or channels):
-        raise InputError(
-            f"{path} is a bundle: --plots needs --flips or --steps, and --layer and --channel are only for checkpoints"
-        )
-    if not (flips or steps or plots) and (root or images or layers or channels):
-        raise InputError(
-            "--root, --images, --layer and --channel need a measurement; add --plots DIRECTORY, --flips or --steps"
-        )
+    if (flips or steps or as_card) and not is_bundle:
+        raise InputError(f"--flips, --steps and --card need a bundle, and {path} is not one; export it first")
     if as_card:
-        if flips or steps or plots or as_json or not is_bundle:
-            raise InputError("--card needs a bundle, and does not work with --flips, --steps, --plots or --json")
+        refuse_all_but("--card", "path", "as_card", "report")
         print_card(open_bundle(path), report)
         return
-    if report is not None:
-        raise InputError("--report only has an effect with --card; add --card, or leave --report out")
+    refuse_unmeasured(is_bundle, flips=flips, steps=steps, plots=plots is not None)
     if plots is not None:
         need("matplotlib", "report")
     if steps:
@@ -151,6 +136,23 @@ def command(
         inspect_checkpoint(path, plots, root, images or IMAGES, layers, channels, as_json)
     if plots is not None and not as_json:
         click.echo(f"plots in {plots}")
+
+
+def refuse_unmeasured(is_bundle: bool, *, flips: bool, steps: bool, plots: bool) -> None:
+    """Raise InputError for options that the chosen measurement, if any, of a bundle or a checkpoint ignores."""
+    of_checkpoints, of_measurements = ("layers", "channels"), ("root", "images")
+    if steps:
+        refuse_ignored("--steps", "flips", "report", *of_checkpoints)
+    elif flips:
+        refuse_ignored("--flips", "report", *of_checkpoints)
+    elif is_bundle:
+        refuse_ignored(
+            "a bundle without --flips, --steps or --card", "report", "plots", *of_measurements, *of_checkpoints
+        )
+    elif plots:
+        refuse_ignored("--plots", "report")
+    else:
+        refuse_ignored("a checkpoint without --plots", "report", *of_measurements, *of_checkpoints)
 
 
 def print_card(bundle: Bundle, report: Path | None) -> None:

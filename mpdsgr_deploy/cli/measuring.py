@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.recipes import shipped
@@ -58,6 +59,14 @@ class Measuring:
     def results(self) -> Path:
         shipped_results = shipped("train") / "results"
         return self.out or (shipped_results if shipped_results.is_dir() else Path("results"))
+
+    def refuse_ignored(self, *further: str, runs: bool) -> None:
+        """Raise InputError for options and ROWS that --render-only, if it is set, ignores.
+
+        further: those of the command. runs: whether it uses --runs all the same.
+        """
+        if self.render_only:
+            refuse_ignored("--render-only", "rows", "seeds", "jobs", "root", *([] if runs else ["runs"]), *further)
 
     @property
     def places(self) -> "Places":

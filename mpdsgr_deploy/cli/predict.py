@@ -5,6 +5,7 @@ import sys
 import click
 
 from mpdsgr_deploy.address import parse_address
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import opened_bundle, precision_option, signature_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
@@ -117,6 +118,8 @@ def command(
       mpdsgr predict bundles/digits photos/ --ray auto --ray-gpus 0.5 --out labels/
       mpdsgr predict bundles/digits s3://photos/shards/ --ray auto --out s3://photos/labels
     """
+    if cluster is None:
+        refuse_ignored("mpdsgr predict without --ray", "ray_cpus", "ray_gpus")
     paths = [*inputs, *(read_list(listed) if listed else [])]
     if not paths:
         raise InputError("there is nothing to classify; give INPUTS, or --list with a file that names them")

@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from mpdsgr_deploy.cli.ignored import refuse_all_but, refuse_ignored
 from mpdsgr_deploy.cli.measuring import Measuring, measuring
 from mpdsgr_deploy.cli.output import print_table
 from mpdsgr_deploy.experiments.study import PREFIX, Study, built_in_studies, load_study
@@ -35,6 +36,7 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
       mpdsgr study digits base at --why
     """
     if name is None:
+        refuse_all_but("mpdsgr study without NAME", "render_only", *(["out"] if how.render_only else []))
         studies = dict(load_study(own) for own in built_in_studies())
         if how.render_only:
             for stem in (stem for stem in studies if (how.results / stem).is_dir()):
@@ -42,13 +44,18 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
         else:
             print_table(("study", "what it asks"), [(s.removeprefix(PREFIX), v.title) for s, v in studies.items()])
         return
+    how.refuse_ignored("why", "images", runs=False)
+    if why:
+        refuse_ignored("--why", "jobs")
+    else:
+        refuse_ignored("mpdsgr study without --why", "images")
     stem, study = load_study(name)
     chosen = study.chosen(rows)
     need("lightning_fabric", "train")
     code = 0
     if not why:
         code = how.update(stem, study.table(), chosen)
-    elif not how.render_only:
+    else:
         from mpdsgr_deploy.experiments.explain import explain_rows
 
         explain_rows(stem, study, chosen, how.places, seeds=how.numbers, images=images)

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.cli.ignored import refuse_all_but, refuse_ignored
 from mpdsgr_deploy.cli.measuring import Measuring, measuring
 from mpdsgr_deploy.cli.output import print_table
 from mpdsgr_deploy.errors import InputError
@@ -60,19 +61,23 @@ def command(
       mpdsgr table --from reports/reg reports/robust > leaderboard.md
     """
     if from_reports:
-        refuse_others("name", "rows", "from_reports")
+        refuse_all_but("--from", "name", "rows", "from_reports")
         rank([Path(path) for path in (name, *rows) if path is not None])
         return
     if name is None:
         tables = {stem: load_table(stem)[1] for stem in built_in_tables()}
+        refuse_all_but("mpdsgr table without NAME", "render_only", *(["out"] if how.render_only else []))
         if how.render_only:
             for stem in how.measured(tables):
                 write_pages(stem, tables[stem], how)
         else:
             print_table(("table", "what it is"), [(stem, table.title) for stem, table in tables.items()])
         return
-    if minutes is not None and (flips or how.render_only):
-        raise InputError("--minutes limits the training and the attacks of rows; leave out --flips and --render-only")
+    how.refuse_ignored("minutes", "images", runs=pack is not None)
+    if flips:
+        refuse_ignored("--flips", "jobs", "minutes")
+    else:
+        refuse_ignored("mpdsgr table without --flips", "images")
     stem, table = load_table(name)
     chosen = [table.row(title) for title in rows] or list(table.rows)
     need("lightning_fabric", "train")
@@ -90,19 +95,6 @@ def command(
 
         pack_results(stem, runs=how.runs, results=how.results, out=pack)
     sys.exit(code)
-
-
-def refuse_others(*arguments: str) -> None:
-    """Raise InputError if the command line of the running command has options other than these arguments."""
-    context = click.get_current_context()
-    others = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if parameter.name not in arguments
-        and context.get_parameter_source(str(parameter.name)) == click.core.ParameterSource.COMMANDLINE
-    ]
-    if others:
-        raise InputError(f"--from only ranks reports and ignores {', '.join(others)}; leave these options out")
 
 
 def rank(reports: list[Path]) -> None:

@@ -6,6 +6,7 @@ import click
 
 from mpdsgr_deploy.api import rebuilding
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import (
     json_option,
     opened_bundle,
@@ -106,6 +107,10 @@ def command(
       mpdsgr validate bundles/digits --report reports/digits
       mpdsgr validate bundles/digits --precision int8 --tier release --report reports/int8
     """
+    if url is None:
+        refuse_ignored("mpdsgr validate without --url", "rate")
+    else:
+        refuse_ignored("--url", "backend")
     from mpdsgr_deploy.validation import Target, validate
 
     signature = signature or (signature_of_gate(gate) if gate else None)

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from mpdsgr_deploy.bundle import MANIFEST, Bundle
+from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json
 from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
@@ -58,8 +59,11 @@ def command(
       mpdsgr verify bundles/digits --rebuild
       mpdsgr verify bundles/digits --key ci.pub
     """
+    is_report = (Path(bundle) / REPORT).is_file() and not (Path(bundle) / MANIFEST).exists()
+    if is_report:
+        refuse_ignored("a REPORT", "rebuild")
     trust = _trust(key, certificate, identity, issuer)
-    if (Path(bundle) / REPORT).is_file() and not (Path(bundle) / MANIFEST).exists():
+    if is_report:
         _verify_report(Path(bundle), trust, as_json)
         return
     opened, _ = opened_bundle(bundle, None, trust)
