@@ -7,7 +7,7 @@ from linear_model import EPS, Linear, linear
 
 from mpdsgr_deploy.attacks import apgd, hart, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.apgd import checkpoints
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.counting import GradientCounts
 from mpdsgr_deploy.protocols import Array, Gradient
 
 ATTACKS = {
@@ -77,13 +77,13 @@ def test_apgd_halves_the_step_size_until_it_meets_a_narrow_peak() -> None:
 
 def test_an_image_costs_gradients_only_until_it_is_broken() -> None:
     target, x, y = linear()
-    counted = {name: CountedGradients(target) for name in ("apgd", "sa-pgd")}
+    counted = {name: GradientCounts().of(target) for name in ("apgd", "sa-pgd")}
     right = (y + 1) % 2  # every image is "broken" before the first step
     for name, target in counted.items():
         ATTACKS[name](target, x, right)
-        assert target.samples == len(x)
+        assert target.counts.samples == len(x)
         ATTACKS[name](target, x, y)
-        assert 2 * len(x) < target.samples < 22 * len(x)
+        assert 2 * len(x) < target.counts.samples < 22 * len(x)
 
 
 def test_restarts_reach_what_one_start_misses_and_leave_the_broken_alone() -> None:
@@ -98,13 +98,13 @@ def test_restarts_reach_what_one_start_misses_and_leave_the_broken_alone() -> No
     for keep in ("last", "broken"):
         left, cost = [], []
         for restarts in (1, 2, 4):
-            target, rng = CountedGradients(hills), np.random.default_rng(0)
+            target, rng = GradientCounts().of(hills), np.random.default_rng(0)
             found = pgd(
                 target, x, y, eps=EPS, step=EPS / 4, steps=8, keep=keep, restarts=restarts,
                 draw=lambda shape, rng=rng: rng.uniform(-1, 1, shape).astype(np.float32),
             )  # fmt: skip
             left.append((hills(found, y).logits.argmax(1) == y).sum())
-            cost.append(target.samples)
+            cost.append(target.counts.samples)
         assert left[0] > left[1] > left[2]
         assert cost[2] < 3 * cost[0]
     with pytest.raises(ValueError, match="restarts"):

@@ -1,12 +1,14 @@
 """Each health check of a validation flags the fault that it is for, and no other."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from scipy.stats import binomtest
 
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.conditions import FGSM
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.counting import GradientCounts
 from mpdsgr_deploy.attacks.suite_measurement import budget_faults, rounded_to_bytes
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
 from mpdsgr_deploy.bundle import Bundle
@@ -127,10 +129,11 @@ class Planted:
 @pytest.mark.parametrize(("zero", "bad", "passed"), [(0, 0, True), (5, 0, True), (6, 0, False), (0, 1, False)])
 def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, passed: bool) -> None:
     assert not attack_checks.check_gradients((0, 0, 0)).passed  # nothing asked
-    counter = CountedGradients(Planted(zero, bad))
+    counts = GradientCounts()
+    counter = counts.of(Planted(zero, bad))
     x = np.zeros((100, 1, 2, 2), np.float32)
     assert np.array_equal(counter(x, np.zeros(100)).logits, np.zeros((100, 2)))
-    assert attack_checks.check_gradients((counter.samples, counter.zero, counter.not_finite)).passed is passed
+    assert attack_checks.check_gradients(astuple(counts)).passed is passed
 
 
 @pytest.mark.parametrize(("broken", "passed"), [(0, True), (11, True), (12, False)])

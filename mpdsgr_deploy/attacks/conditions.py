@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from mpdsgr_deploy.attacks.condition import (
     register,
     starts,
 )
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.protocols import Differentiable
@@ -50,13 +50,22 @@ class GradientAttack(Condition):
         return network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws)
 
     def attack(self, target: Any, batch: Batch, generators: Generators) -> Attacked:
-        counted = CountedGradients(target)
-        images = self.climb(counted, batch, starts(generators))
-        return Attacked(images, *(count * self.draws for count in counted.counts))
+        counts = GradientCounts()
+        images = self.climb(self.counted(target, counts), batch, starts(generators))
+        return Attacked(images, *(count * self.draws for count in astuple(counts)))
+
+    def counted(self, target: Any, counts: GradientCounts) -> Any:
+        """Return what `target` returned, with the gradients in it counted."""
+        return counts.of(target)
 
     @abstractmethod
     def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:
-        """Raise the loss of `target` for a batch and return attacked images. draw: the source of random starts."""
+        """Raise the loss of the `counted` target for a batch and return attacked images. draw: of random starts."""
+
+    @property
+    def kept(self) -> Literal["broken", "worst"]:
+        """Which iterate to keep in an attack that cannot keep the last one: "worst" if asked for, else "broken"."""
+        return "worst" if self.keep == "worst" else "broken"
 
 
 @register
@@ -195,8 +204,8 @@ class AutoPGD(GradientAttack):
         return f"eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {loss} loss, {self.through}"
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        keep = kept_iterate(self.keep)
-        return np.asarray(apgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
+        steps, keep = self.steps, self.kept
+        return np.asarray(apgd(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))
 
 
 @register
@@ -230,8 +239,8 @@ class AdaptivePGD(GradientAttack):
         return Attacked(np.concatenate([part.images for part in parts]), *counts)
 
     def climb(self, target: CountedGradients, batch: Batch, draw: Draw) -> Floats:
-        keep = kept_iterate(self.keep)
-        return np.asarray(sa_pgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
+        steps, keep = self.steps, self.kept
+        return np.asarray(sa_pgd(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))
 
 
 @register
@@ -262,8 +271,3 @@ class CarliniWagner(GradientAttack):
         nearest = cw_l2(target, batch.x, batch.y, steps=self.steps, searches=self.searches)
         within = np.sqrt(((nearest - batch.x) ** 2).sum((1, 2, 3), keepdims=True)) <= self.radius
         return np.asarray(np.where(within, nearest, batch.x))
-
-
-def kept_iterate(keep: Keep) -> Literal["broken", "worst"]:
-    """Return which iterate attacks keep that cannot keep the last one: "worst" for "worst", otherwise "broken"."""
-    return "worst" if keep == "worst" else "broken"

@@ -8,13 +8,13 @@ equal.
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.counting import GradientCounts
 from mpdsgr_deploy.attacks.event_search import Counts, Edit, EventSearch, can_gain, can_lose, counts_of, search_events
 from mpdsgr_deploy.data.events import COUNT_CAP
 from mpdsgr_deploy.errors import InputError
@@ -78,7 +78,8 @@ class EventAttack(Condition):
             yield network, [stack.enter_context(way) for way in ways]
 
     def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
-        network, ways = _CountedQueries(target[0]), [CountedGradients(way) for way in target[1]]
+        network, counts = _CountedQueries(target[0]), GradientCounts()
+        ways = [counts.of(way) for way in target[1]]
         gradient_search = GRADIENT_SEARCH._replace(rounds=self.steps)
         images, active = batch.x.copy(), np.arange(len(batch.y))
         searches = [*((way, gradient_search) for way in ways), *((ways[0], search) for search in self.asking)]
@@ -90,9 +91,7 @@ class EventAttack(Condition):
             active = active[network(images[active]).argmax(axis=1) == y]
             if not len(active):
                 break
-        gradients, zero, not_finite = (
-            sum(values) * self.draws for values in zip(*(way.counts for way in ways), strict=True)
-        )
+        gradients, zero, not_finite = (count * self.draws for count in astuple(counts))
         return Attacked(images, gradients + network.queries, zero, not_finite)
 
     @abstractmethod

@@ -19,9 +19,9 @@ import numpy as np
 from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.attacks.apgd import apgd
-from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
-from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.condition import Batch, Floats, Network, register
+from mpdsgr_deploy.attacks.conditions import GradientAttack
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.pgd import Draw, wide
 from mpdsgr_deploy.protocols import Array, Differentiable
 from mpdsgr_deploy.recipe import Attack
@@ -97,12 +97,9 @@ class HART(GradientAttack):
             names = [f"{self.surrogate}:{width:g}{AVERAGED}" for width in self.widths]
             yield [stack.enter_context(network.attacker(name, loss=self.loss, draws=self.draws)) for name in names]
 
-    def attack(self, target: Sequence[Differentiable], batch: Batch, generators: Generators) -> Attacked:
-        counted = [CountedGradients(one) for one in target]
-        images = self.climb(counted, batch, starts(generators))
-        counts = (sum(values) for values in zip(*(one.counts for one in counted), strict=True))
-        return Attacked(images, *(count * self.draws for count in counts))
+    def counted(self, target: Sequence[Differentiable], counts: GradientCounts) -> list[CountedGradients]:
+        return [counts.of(one) for one in target]
 
     def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
-        keep = kept_iterate(self.keep)
-        return np.asarray(hart(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=keep))
+        steps, keep = self.steps, self.kept
+        return np.asarray(hart(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))

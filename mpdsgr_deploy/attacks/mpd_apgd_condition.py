@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Kind, Network, register, starts
-from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.condition import Batch, Floats, Kind, Network, register
+from mpdsgr_deploy.attacks.conditions import GradientAttack
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.mpd_apgd import QUICK, SCHEDULE, Round, Schedule, Through, gradients, mpd_apgd
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.protocols import Differentiable
@@ -57,11 +57,10 @@ class MPDAutoPGD(GradientAttack):
                 for way in dict.fromkeys(turn.through for turn in self.schedule)
             }
 
-    def attack(self, target: Mapping[Through, Differentiable], batch: Batch, generators: Generators) -> Attacked:
-        counted = {way: CountedGradients(one) for way, one in target.items()}
-        images = self.climb(counted, batch, starts(generators))
-        counts = (sum(values) for values in zip(*(one.counts for one in counted.values()), strict=True))
-        return Attacked(images, *(count * self.draws for count in counts))
+    def counted(
+        self, target: Mapping[Through, Differentiable], counts: GradientCounts
+    ) -> dict[Through, CountedGradients]:
+        return {way: counts.of(one) for way, one in target.items()}
 
     def climb(self, target: Mapping[Through, CountedGradients], batch: Batch, draw: Draw) -> Floats:
         adversarial = mpd_apgd(
@@ -72,7 +71,7 @@ class MPDAutoPGD(GradientAttack):
             steps=self.steps,
             schedule=self.schedule,
             draw=draw,
-            keep=kept_iterate(self.keep),
+            keep=self.kept,
         )
         return np.asarray(adversarial)
 

@@ -1,6 +1,5 @@
 """The targeted attacks of AutoAttack's standard version as conditions of evaluations."""
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpdsgr_deploy.attacks.apgd import apgd_t
-from mpdsgr_deploy.attacks.condition import Attacked, Batch, Floats, Generators, Network, register, starts
-from mpdsgr_deploy.attacks.conditions import GradientAttack, kept_iterate
-from mpdsgr_deploy.attacks.counting import CountedGradients
+from mpdsgr_deploy.attacks.condition import Batch, Floats, Network, register
+from mpdsgr_deploy.attacks.conditions import GradientAttack
+from mpdsgr_deploy.attacks.counting import GradientCounts
 from mpdsgr_deploy.attacks.fab import fab_t
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT
@@ -37,14 +36,9 @@ class AimedAttack(GradientAttack):
         with network.attacker(str(self.surrogate), loss=self.loss, draws=self.draws) as gradients:
             yield network, gradients
 
-    def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
+    def counted(self, target: Target, counts: GradientCounts) -> Target:
         network, gradients = target
-        counted = CountedGradients(gradients)
-        images = self.climb((network, counted), batch, starts(generators))
-        return Attacked(images, *(count * self.draws for count in counted.counts))
-
-    @abstractmethod
-    def climb(self, target: Target, batch: Batch, draw: Draw) -> Floats: ...
+        return network, counts.of(gradients)
 
 
 @register
@@ -70,7 +64,7 @@ class TargetedAutoPGD(AimedAttack):
             steps=self.steps,
             classes=self.classes,
             draw=draw,
-            keep=kept_iterate(self.keep),
+            keep=self.kept,
         )
         return np.asarray(adversarial)
 
