@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
+from mpdsgr_deploy.errors import InputError, explained, one_line
 from mpdsgr_deploy.locks import LOCK, exclusive
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
@@ -85,12 +85,9 @@ def _fetch(address: BundleAddress, cache: Path) -> None:
     log.info("fetching %s into %s", address.place, cache)
     scratch = cache.with_name(f"{cache.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
-    try:
+    cannot = f"cannot fetch {address.place}"
+    with explained(lambda error: InputError(f"{cannot}: {type(error).__name__}: {one_line(error)}")):
         copy(address.place, scratch)
-    except MpdsgrError:
-        raise
-    except Exception as error:  # each file system of fsspec raises its own errors
-        raise InputError(f"cannot fetch {address.place}: {type(error).__name__}: {one_line(error)}") from error
     _verify(scratch, address)
     shutil.rmtree(cache, ignore_errors=True)
     scratch.rename(cache)

@@ -1,5 +1,8 @@
 """Errors that a user can cause or act on; each has an exit code of the `mpdsgr` command."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class MpdsgrError(Exception):
     """The base of all errors whose message is written for the user: one line that says what to do next."""
@@ -30,6 +33,20 @@ class EvaluationError(MpdsgrError):
     """An evaluation that is not valid, so that its result proves nothing (exit code 3)."""
 
     exit_code = 3
+
+
+@contextmanager
+def explained(explain: Callable[[Exception], MpdsgrError]) -> Iterator[None]:
+    """Raise errors of other libraries, which may be of any type, in a with block as the error that `explain` returns.
+
+    Errors of this package are raised unchanged.
+    """
+    try:
+        yield
+    except MpdsgrError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
 
 
 def one_line(error: object) -> str:

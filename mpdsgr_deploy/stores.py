@@ -6,14 +6,15 @@ other machines write into the same folders.
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from io import SEEK_CUR, SEEK_END, SEEK_SET, BufferedReader, RawIOBase
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
-from mpdsgr_deploy.errors import InputError, MpdsgrError, StoreError, one_line
+from mpdsgr_deploy.errors import InputError, MpdsgrError, StoreError, explained, one_line
 from mpdsgr_deploy.lookup import need
 
 PROTOCOL = re.compile(r"([a-z][a-z0-9+]*)://")
@@ -74,15 +75,9 @@ def suffix_of(place: Place | str) -> str:
     return PurePosixPath(str(place)).suffix.lower()
 
 
-@contextmanager
-def asking(address: object) -> Iterator[None]:
+def asking(address: object) -> AbstractContextManager[None]:
     """Raise errors of a store's library during the block as those that `failure` returns."""
-    try:
-        yield
-    except MpdsgrError:
-        raise
-    except Exception as error:  # each file system of fsspec raises its own errors
-        raise failure(address, error) from error
+    return explained(partial(failure, address))
 
 
 def failure(address: object, error: BaseException) -> MpdsgrError:

@@ -1,8 +1,8 @@
 """Images in a fixed order, read in consecutive ranges from files on this machine or in a store."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.data.events import decode_frames, read_frames
 from mpdsgr_deploy.data.image_files import Shape, decode_image, read_image
-from mpdsgr_deploy.errors import InputError, MpdsgrError, one_line
+from mpdsgr_deploy.errors import InputError, explained, one_line
 from mpdsgr_deploy.stores import failure, is_empty, name_in, stamp_of
 
 Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
@@ -116,15 +116,9 @@ class StoredImages:
     def close(self) -> None: ...
 
 
-@contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str) -> AbstractContextManager[None]:
     """Turn errors in a with block into InputError "cannot read WHAT: ...", except for those of this package."""
-    try:
-        yield
-    except MpdsgrError:
-        raise
-    except Exception as error:  # the system, zipfile, NumPy, Arrow and decompressors raise many types
-        raise InputError(f"cannot read {what}: {one_line(error)}") from None
+    return explained(lambda error: InputError(f"cannot read {what}: {one_line(error)}"))
 
 
 def decoded(names: Sequence[str], contents: Iterable[bytes], shape: Shape, pool: Executor) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.errors import InputError, explained, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.signing.trust import Kind, Trust
 
@@ -75,7 +75,7 @@ def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, st
 
     Numbers in the predicate become doubles, so integers above 2^53 must be text. Raises InputError if signing fails.
     """
-    try:
+    with explained(signer.explain):
         config = signer.config()
         attestation = need("in_toto_attestation.v1.statement", "sign")
         subjects = [
@@ -87,10 +87,6 @@ def sign_statement(signer: Signer, predicate_type: str, subject: Mapping[str, st
             file = Path(folder) / "signature"
             config._signer.sign(_Payload(statement)).write(file)
             return file.read_bytes()
-    except InputError:
-        raise
-    except Exception as error:  # cryptography, sigstore and the network raise many types
-        raise signer.explain(error) from error
 
 
 def read_signature(path: Path) -> bytes | None:

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
 
 from mpdsgr_deploy.atomic_files import write_atomic
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, explained
 from mpdsgr_deploy.locks import LOCK
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.signing.envelope import Signer, Statement, read_signature, verified_statement
@@ -132,13 +132,9 @@ def sign_bundle(path: Path, signer: Signer) -> Path:
     hashing = need("model_signing.hashing", "sign")
     with TemporaryDirectory() as folder:
         file = Path(folder) / SIGNATURE
-        try:
+        with explained(signer.explain):
             ignoring = hashing.Config().set_ignored_paths(paths=OUTSIDE)
             signer.config().set_hashing_config(ignoring).sign(path.resolve(), file)
-        except InputError:
-            raise
-        except Exception as error:  # cryptography, sigstore and the network raise many types
-            raise signer.explain(error) from error
         write_atomic(path / SIGNATURE, file.read_bytes())
     return path / SIGNATURE
 

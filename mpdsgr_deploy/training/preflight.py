@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.defences import DEFENCES, build_defended
-from mpdsgr_deploy.errors import InputError, one_line
+from mpdsgr_deploy.errors import InputError, explained, one_line
 from mpdsgr_deploy.models import MODELS, SpikingNet
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.surrogates import ATTACK_ONLY, parse_surrogate, surrogate_nodes, trained_surrogate
@@ -87,10 +87,7 @@ def _check_export(recipe: Recipe, shape: tuple[int, int, int], classes: int) -> 
     model, _ = build_defended(recipe, shape, classes)
     with TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        try:
+        cannot = f"model {recipe.model.name!r} cannot be exported"
+        with explained(lambda error: InputError(f"{cannot}: {one_line(error)[:500]}")):
             save(to_graph(simplify(model.eval()), shape), file)
-        except InputError:
-            raise
-        except Exception as error:  # torch's exporter raises many types
-            raise InputError(f"model {recipe.model.name!r} cannot be exported: {one_line(error)[:500]}") from error
         derived(file, trained_surrogate(recipe))

@@ -13,7 +13,7 @@ import torch
 from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.errors import InputError, explained
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.models.by_name import find_module
 from mpdsgr_deploy.models.time_steps import per_step_names
@@ -60,7 +60,10 @@ def begin(learner: Learner, training: Images, out: Path, init: Path | str | None
 
 
 def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
-    try:
+    def damaged(error: Exception) -> InputError:
+        return InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out")
+
+    with explained(damaged):
         state = torch.load(path, map_location="cpu", weights_only=True)
         refuse_other_data(state.get("data"), data, path.parent)
         learner.model.load_state_dict(state["model"])
@@ -68,10 +71,6 @@ def _restore(learner: Learner, path: Path, data: dict[str, Any]) -> Past:
         if learner.average is not None:
             learner.average.load_state_dict(state["average"])
         return Past(state["history"], state.get("init"))
-    except InputError:
-        raise
-    except Exception as error:  # torch raises many types for a damaged file
-        raise InputError(f"{path} is damaged ({type(error).__name__}); start again in another --out") from error
 
 
 def load_init(learner: Learner, training: Images, init: Path | str) -> dict[str, Any]:

@@ -5,8 +5,8 @@ stand-in, which records calls and compares each with the signature in cuda-core.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.errors import InputError, MpdsgrError, OutOfMemory, one_line
+from mpdsgr_deploy.errors import InputError, OutOfMemory, explained, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, failure, listener, load, without_collection
@@ -45,18 +45,11 @@ def use_device(core: ModuleType) -> Any:
     return device
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Raise OutOfMemory or InputError if a CUDA call fails in a with block."""
-    try:
-        yield
-    except MpdsgrError:
-        raise
-    except Exception as error:  # cuda-core's errors share no public base class
-        if "OUT_OF_MEMORY" in str(error):
-            message = "the GPU's memory is full; free some or build the engine with a smaller MAX of --batch"
-            raise OutOfMemory(message) from error
-        raise InputError(f"CUDA answers {one_line(error)[:200]}; see `mpdsgr doctor`") from error
+def cuda_error(error: Exception) -> InputError:
+    """Return the error to raise for a CUDA call that failed."""
+    if "OUT_OF_MEMORY" in str(error):
+        return OutOfMemory("the GPU's memory is full; free some or build the engine with a smaller MAX of --batch")
+    return InputError(f"CUDA answers {one_line(error)[:200]}; see `mpdsgr doctor`")
 
 
 class Engine:
@@ -125,7 +118,7 @@ class CudaStream:
 
     def __init__(self, engine: Engine, largest: int) -> None:
         self.engine = engine
-        with readable_errors(), ExitStack() as release:
+        with explained(cuda_error), ExitStack() as release:
             device = use_device(engine.core)
             self.stream = device.create_stream()
             release.callback(self.stream.close)
@@ -182,7 +175,7 @@ class CudaExecution:
         Raises InputError or OutOfMemory if a CUDA call or the engine fails.
         """
         stream = self._stream.stream
-        with readable_errors():
+        with explained(cuda_error):
             use_device(self._stream.engine.core)
             if self._graph is None:
                 self._enqueue(stream, stream)
@@ -195,7 +188,7 @@ class CudaExecution:
         stream = self._stream.stream
         capturable: Callable[[int], bool] = getattr(self._context, "is_stream_capturable", lambda stream: True)
         try:
-            with readable_errors(), ExitStack() as release:
+            with explained(cuda_error), ExitStack() as release:
                 if not capturable(int(stream.handle)):
                     raise InputError("the engine cannot be captured")
                 builder = stream.create_graph_builder()
