@@ -28,7 +28,7 @@ from mpdsgr_deploy.atomic_files import followed, sha256, write_atomic
 from mpdsgr_deploy.claimed_directories import claim_directory, recover_directory, replace_directory, scratch_directory
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.locks import LOCK, exclusive
-from mpdsgr_deploy.manifest import SCHEMA_VERSION, Accuracy, Manifest, NoiseInput, Prepared, Variant
+from mpdsgr_deploy.manifest import Accuracy, Manifest, NoiseInput, Prepared, Variant
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.reference import REFERENCE, Reference, load_reference
 from mpdsgr_deploy.schema import read_document
@@ -215,7 +215,7 @@ def staged(out: Path) -> Iterator[Path]:
     recover_directory(out)
     claim_directory(out, MANIFEST, "bundle")
     if (out / MANIFEST).exists():
-        manifest = read_document(out / MANIFEST, Manifest, SCHEMA_VERSION, otherwise="choose another --out")
+        manifest = read_document(out / MANIFEST, Manifest, otherwise="choose another --out")
         known = {*manifest.files, MANIFEST, LOCK, SIGNATURE}
         files = [p.relative_to(out) for p in out.rglob("*") if not p.is_dir()]
         foreign = [file for file in files if file.as_posix() not in known and file.parts[0] != VERDICTS]
@@ -239,7 +239,7 @@ def seal(scratch: Path, out: Path, **fields: Any) -> Bundle:
 def _read_manifest(directory: Path, otherwise: str) -> Manifest:
     """Read a directory's manifest. Raises InputError as `read_document` does, and if its digest is wrong."""
     path = directory / MANIFEST
-    manifest = read_document(path, Manifest, SCHEMA_VERSION, otherwise=otherwise)
+    manifest = read_document(path, Manifest, otherwise=otherwise)
     if manifest.digest != manifest.computed_digest():
         raise InputError(f"{path} does not match its own digest: it was changed or damaged; copy it again")
     return manifest

@@ -18,7 +18,6 @@ from mpdsgr_deploy.schema import read_document
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 2
 FILE = "checkpoint.json"
 Choice = Literal["last", "best"]
 CHOICES: tuple[Choice, ...] = ("last", "best")  # the first is the default
@@ -38,7 +37,7 @@ class Checkpoint(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 2
     recipe: Recipe
     shape: tuple[int, int, int]
     labels: tuple[str, ...]
@@ -112,7 +111,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     """Read and verify the checkpoint in `directory`. Raises InputError if it is missing, damaged or too new."""
     path = directory / FILE
     advice = "take another checkpoint or train again"
-    checkpoint = read_document(path, Checkpoint, SCHEMA_VERSION, otherwise=advice)
+    checkpoint = read_document(path, Checkpoint, otherwise=advice)
     weights = directory / checkpoint.weights
     if Path(checkpoint.weights).name != checkpoint.weights or not weights.is_file():
         raise InputError(f"{path} names the weights {checkpoint.weights!r}, which are not in its directory")

@@ -12,8 +12,6 @@ from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import Promise
 from mpdsgr_deploy.schema import Count
 
-SCHEMA_VERSION = 2  # 1: no `pixels`, another name for the digests in reference.npz
-
 
 class Accuracy(BaseModel):
     """How many of n test images of the data set `data` are classified correctly."""
@@ -98,7 +96,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 2  # 1: no `pixels`, another name for the digests in reference.npz
     input_name: str
     output_name: str
     input_shape: tuple[int, int, int]

@@ -107,23 +107,25 @@ def _from_json(text: str | bytes, source: str, otherwise: str) -> Any:
         raise InputError(f"{source} is damaged (not JSON); {otherwise}") from None
 
 
-def read_document(path: Path, model: type[M], version: int, *, otherwise: str) -> M:
+def read_document(path: Path, model: type[M], *, otherwise: str) -> M:
     """Read a JSON file of this package as `model`. otherwise: advice on how to get a valid file.
 
     Raises InputError if it is missing, and as `parse_document` does.
     """
-    return _document(read_json(path, otherwise=otherwise), model, version, str(path), otherwise)
+    return _document(read_json(path, otherwise=otherwise), model, str(path), otherwise)
 
 
-def parse_document(text: str, model: type[M], version: int, source: str, *, otherwise: str) -> M:
+def parse_document(text: str, model: type[M], source: str, *, otherwise: str) -> M:
     """Return JSON that this package wrote as `model`. source: what errors call it; otherwise: how to get valid JSON.
 
-    Raises InputError if it is damaged, has no schema_version or one above `version`, or does not fit the model.
+    Raises InputError if it is damaged, has no schema_version or one above the model's default, or does not fit the
+    model.
     """
-    return _document(_from_json(text, source, otherwise), model, version, source, otherwise)
+    return _document(_from_json(text, source, otherwise), model, source, otherwise)
 
 
-def _document(values: Any, model: type[M], version: int, source: str, otherwise: str) -> M:
+def _document(values: Any, model: type[M], source: str, otherwise: str) -> M:
+    version = model.model_fields["schema_version"].default
     written = values.get("schema_version") if isinstance(values, dict) else None
     if type(written) is not int or written < 1:
         raise InputError(f"{source} has no valid schema_version; {otherwise}")

@@ -105,7 +105,7 @@ def test_processes_that_write_at_once_lose_nothing(measured: Path, tmp_path: Pat
     many = [record.model_copy(update={"seed": seed}) for seed in [*range(20), *range(10)]]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda own: put_record(tmp_path / RECORDS, own, ("row", "seed")), many))
-    assert [own.seed for own in read_records(tmp_path / RECORDS, Record, 2)] == list(range(20))
+    assert [own.seed for own in read_records(tmp_path / RECORDS, Record)] == list(range(20))
     assert [path.name for path in tmp_path.iterdir()] == [RECORDS]
     text = (tmp_path / RECORDS).read_text()
     for broken, expected in (
@@ -117,7 +117,7 @@ def test_processes_that_write_at_once_lose_nothing(measured: Path, tmp_path: Pat
     ):
         (tmp_path / RECORDS).write_text(broken)
         with pytest.raises(InputError, match=expected):
-            read_records(tmp_path / RECORDS, Record, 2)
+            read_records(tmp_path / RECORDS, Record)
 
 
 def test_numbers_are_rounded_where_they_were_measured_and_nowhere_else(measured: Path) -> None:

@@ -40,7 +40,6 @@ from mpdsgr_deploy.snn import SpikingLayer, TdBN, Trace
 from mpdsgr_deploy.trained_networks import load_network
 
 RECORDS = "why.jsonl"
-SCHEMA_VERSION = 1
 SIZES = (0.125, 0.25, 0.5, 1.0, 2.0)  # as multiples of the recipe's eps
 ITERATIONS = 200  # iterations of the power method
 
@@ -68,7 +67,7 @@ class Explained(BaseModel):
     images: a phrase that names the images. checkpoint: which one of the run was measured, "last" or "best".
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     row: str
     seed: int
     checkpoint: str

@@ -10,7 +10,6 @@ from mpdsgr_deploy.experiments.record_files import RECORDS, Rounded, read_record
 
 FOLDER = "flips"
 KEY = ("table", "row", "seed")
-SCHEMA_VERSION = 1
 EXPORTED = "neurons fp32"  # number format of the neurons in the main tables
 
 
@@ -46,7 +45,7 @@ class FlipRecord(BaseModel):
     architecture. n: number of test images. variants: by the names of `flip_measurement.variants`.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 1
     table: str
     row: str
     seed: int
@@ -75,7 +74,7 @@ FlipRows = dict[tuple[str, str], list[FlipRecord]]  # (table, row) -> its seeds
 
 def by_network(folder: Path) -> dict[tuple[str, str, int], FlipRecord]:
     """Return the records of a folder by table, row and seed. Raises InputError as `read_records` does."""
-    return {(r.table, r.row, r.seed): r for r in read_records(folder / RECORDS, FlipRecord, SCHEMA_VERSION)}
+    return {(r.table, r.row, r.seed): r for r in read_records(folder / RECORDS, FlipRecord)}
 
 
 def load(folder: Path) -> FlipRows:

@@ -28,14 +28,14 @@ def rounded(value: Any) -> Any:
 Rounded = PlainSerializer(rounded)  # annotates a field of measured numbers
 
 
-def read_records(path: Path, model: type[R], version: int) -> list[R]:
+def read_records(path: Path, model: type[R]) -> list[R]:
     """Return the records of a file, in its order; none if there is no file.
 
     Raises InputError, which names the line, as `parse_document` does.
     """
     advice = "remove the line and measure again"
     return [
-        parse_document(line, model, version, f"{path}, line {number}", otherwise=advice)
+        parse_document(line, model, f"{path}, line {number}", otherwise=advice)
         for number, line in enumerate(read_lines(path), 1)
     ]
 

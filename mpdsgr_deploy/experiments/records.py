@@ -20,7 +20,6 @@ from mpdsgr_deploy.validation.evaluate import Evaluation
 from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.report import Report
 
-SCHEMA_VERSION = 2
 KEY = ("row", "seed")
 Bools = NDArray[np.bool_]
 
@@ -135,7 +134,7 @@ class Record(BaseModel):
     training. init: hash and epoch of the weights that training started from, None for random ones.
     """
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = 2
     table: str
     row: str
     seed: int
@@ -167,7 +166,7 @@ def put(folder: Path, record: Record) -> None:
 
 def records_of(folder: Path) -> dict[tuple[str, int], Record]:
     """Return all records of a table's folder by row and seed. Raises InputError as `read_records` does."""
-    return {(r.row, r.seed): r for r in read_records(folder / RECORDS, Record, SCHEMA_VERSION)}
+    return {(r.row, r.seed): r for r in read_records(folder / RECORDS, Record)}
 
 
 def outdated(record: Record, table: TableSpec) -> str | None:

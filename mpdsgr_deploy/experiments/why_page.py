@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.diagnostics.picture import plain
-from mpdsgr_deploy.experiments.explain import RECORDS, SCHEMA_VERSION, Explained, LayerFactors
+from mpdsgr_deploy.experiments.explain import RECORDS, Explained, LayerFactors
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.record_files import read_records
 from mpdsgr_deploy.experiments.study import Study
@@ -33,7 +33,7 @@ Value = Callable[[dict[str, Any]], float]  # a function of an entry of `Explaine
 
 def load_networks(study: Study, folder: Path) -> Networks:
     """Return the records of a study's networks, in the order of its rows. Raises InputError as `read_records` does."""
-    records = read_records(folder / RECORDS, Explained, SCHEMA_VERSION)
+    records = read_records(folder / RECORDS, Explained)
     rows = {row.title: [r for r in records if r.row == row.title] for row in study.table().rows}
     return {row: networks for row, networks in rows.items() if networks}
 

@@ -160,8 +160,8 @@ def load_report(path: Path) -> Report:
 
     Raises InputError if it is missing, damaged, or of a later version.
     """
-    file, version = path / REPORT if path.is_dir() else path, Report.model_fields["schema_version"].default
-    return read_document(file, Report, version, otherwise="give a report of `mpdsgr validate`")
+    file = path / REPORT if path.is_dir() else path
+    return read_document(file, Report, otherwise="give a report of `mpdsgr validate`")
 
 
 class Finding(NamedTuple):
