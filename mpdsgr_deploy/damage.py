@@ -15,18 +15,18 @@ from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 READOUT = "readout.weight"
 
 
-def damage(bundle: Bundle, out: Path, *, noise: float = 1.0) -> Path:
+def damage(bundle: Bundle, out: Path) -> Path:
     """Copy `bundle` to directory `out`, with Gaussian noise added to the last layer's weights in the float32 network.
 
-    noise: the standard deviation of the noise, in units of that of the weights. Nothing else is changed, so
-    `open_bundle` refuses the copy. Returns `out`.
+    The noise has the standard deviation of the weights. Nothing else is changed, so `open_bundle` refuses the copy.
+    Returns `out`.
     """
     shutil.copytree(bundle.path, out)
     file = out / bundle.manifest.variants["fp32"].file
     network = onnx.load(file)
     (readout,) = (tensor for tensor in network.graph.initializer if tensor.name == READOUT)
     weights = numpy_helper.to_array(readout)
-    added_noise = np.random.default_rng(0).normal(0, noise * weights.std(), weights.shape)
+    added_noise = np.random.default_rng(0).normal(0, weights.std(), weights.shape)
     readout.CopyFrom(numpy_helper.from_array((weights + added_noise).astype(weights.dtype), READOUT))
     onnx.save(network, file)
     return out

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 log = logging.getLogger("mpdsgr_deploy")
-LINE_EVERY = 10.0  # seconds between two lines of `meter`
+LINE_EVERY = 10.0  # seconds between two lines of `predicting`
 
 
 def show_progress() -> None:
@@ -43,29 +43,29 @@ def track(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T
 
 
 @contextmanager
-def meter(what: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yield a function to call with each increment of progress, in `unit`s, from `done` to `total`.
+def predicting(total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function to call with the number of images predicted since the last call, from `done` to `total`.
 
     Count and speed are shown by a bar on a terminal, else by a log line every LINE_EVERY seconds.
     """
     start, last, first = time.monotonic(), time.monotonic(), done
 
     def speed() -> str:
-        return f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} {unit}/s"
+        return f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} images/s"
 
     def line(more: int) -> None:
         nonlocal done, last
         done += more
         if done == total or time.monotonic() - last >= LINE_EVERY:
             last = time.monotonic()
-            log.info("%s: %d of %d %s, %s", what, done, total, unit, speed())
+            log.info("predicting: %d of %d images, %s", done, total, speed())
 
     if not (log.isEnabledFor(logging.INFO) and sys.stderr.isatty()):
         yield line
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, completed=done, speed="")
+        task = bar.add_task("predicting", total=total, completed=done, speed="")
 
         def advance(more: int) -> None:
             nonlocal done

@@ -35,7 +35,7 @@ from mpdsgr_deploy.prediction.parts import (
 from mpdsgr_deploy.prediction.stream import Job
 from mpdsgr_deploy.prediction.workers import Halving, Worker
 from mpdsgr_deploy.prediction.writers import find_writer
-from mpdsgr_deploy.progress import log, meter
+from mpdsgr_deploy.progress import log, predicting
 from mpdsgr_deploy.stores import Place
 
 PART = 32  # batches per part
@@ -107,7 +107,7 @@ def _run(job: Job, folder: Parts, parts: dict[int, Sequence[InputBatch]], resour
             num_gpus=resources.gpus,
         )
         total = sum(len(batch) for part in parts.values() for batch in part)
-        with meter("predicting", "images", total=total) as advance:
+        with predicting(total) as advance:
             for row in answered.iter_rows():
                 if row["error"]:
                     raise InputError(str(row["error"]))

@@ -22,7 +22,7 @@ from mpdsgr_deploy.prediction.partial import Chunk, Partial
 from mpdsgr_deploy.prediction.selection import WHOLE, Shard
 from mpdsgr_deploy.prediction.workers import Submit, Worker, started
 from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
-from mpdsgr_deploy.progress import log, meter
+from mpdsgr_deploy.progress import log, predicting
 from mpdsgr_deploy.stores import Place
 
 Item = TypeVar("Item")
@@ -151,7 +151,7 @@ class Job:
         with (
             ThreadPoolExecutor(DECODERS) as decoders,
             ThreadPoolExecutor(1) as reader,
-            meter("predicting", "images", total=sum(sizes), done=sum(sizes[:done])) as advance,
+            predicting(total=sum(sizes), done=sum(sizes[:done])) as advance,
         ):
             read = ahead(batches[done:], lambda batch: reader.submit(self._read, batch, decoders), READ_AHEAD)
             for (batch, (images, bad)), answer in ahead(read, lambda pair: submit(pair[1].pixels), 2 * self.processes):

@@ -39,11 +39,11 @@ def constant_weights(tape: Tape, node: onnx.NodeProto) -> str:
     return tape.float32(node.input[1])
 
 
-def axes_of(tape: Tape, node: onnx.NodeProto, attribute: Any, position: int, rank: int) -> list[int]:
-    """Return the axes that a node names, as an attribute (older opsets) or as a constant input, counted from 0."""
+def axes_of(tape: Tape, node: onnx.NodeProto, attribute: Any, rank: int) -> list[int]:
+    """Return the axes that a node names, as an attribute (older opsets) or as the second input, counted from 0."""
     if attribute:
         return [int(axis) % rank for axis in attribute]
-    value = node.input[position] if len(node.input) > position else ""
+    value = node.input[1] if len(node.input) > 1 else ""
     axes = tape.array(value) if value else None
     if axes is None:
         raise refuse(node, "does not name its axes")

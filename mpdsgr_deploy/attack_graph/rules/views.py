@@ -16,7 +16,7 @@ def _reduce(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
     value, cotangent = node.input[0], only(cotangents)
     shape = tape.shape(value)
     named = attribute(node, "axes", ())
-    axes = axes_of(tape, node, named, 1, len(shape))
+    axes = axes_of(tape, node, named, len(shape))
     sizes = tuple(size if i in axes else 1 for i, size in enumerate(shape))
     if not are_numbers(sizes):
         raise refuse(node, "goes over axes of unknown sizes")
@@ -32,7 +32,7 @@ def _reduce_max(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | Non
     value, cotangent = node.input[0], only(cotangents)
     shape = tape.shape(value)
     named = attribute(node, "axes", ())
-    axes = axes_of(tape, node, named, 1, len(shape))
+    axes = axes_of(tape, node, named, len(shape))
     size = shape[axes[0]]
     if len(axes) != 1 or not isinstance(size, int):
         raise refuse(node, "takes the largest over more than one axis, or over one of unknown size")

@@ -207,14 +207,13 @@ def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[
     return register
 
 
-def run_checks(evidence: Evidence, numbers: Sequence[int] | None = None) -> list[Check]:
-    """Run the checks (default: all, in the order of their numbers) for which the evidence suffices."""
+def run_checks(evidence: Evidence) -> list[Check]:
+    """Run the checks for which the evidence suffices, in the order of their numbers."""
     available = {
         field.name: value for field in fields(evidence) if (value := getattr(evidence, field.name)) is not None
     }
     checks = []
-    for number in sorted(CHECKS) if numbers is None else numbers:
-        check = CHECKS[number]
+    for _, check in sorted(CHECKS.items()):
         if set(check.needs) <= available.keys():
             arguments = {name: available[name] for name in (*check.needs, *check.may_use) if name in available}
             checks.append(check.make(**arguments))
