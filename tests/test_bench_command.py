@@ -76,7 +76,7 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     assert_input_error(too_large, "answers 400 to 5 images", "a batch of 5 is above 4")
     assert_input_error(unknown, "answers 404")
     assert_input_error(both, "give only one of them")
-    assert_input_error(zero, "--rate '0' is not a list of numbers")
+    assert_input_error(zero, "--rate '0': write numbers from 0.001")
     assert_input_error(missing, "no.npy")
     assert_input_error(mpdsgr_here("bench", "--url", "localhost:8000"), "names no model")
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.ignored import refuse_all_but
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.recipe import Recipe
@@ -118,9 +119,11 @@ def command(
     from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
 
-    low, high = _numbers("--range", pixels, 2) or (0.0, 1.0)
-    before = Preprocessing(low, high, _numbers("--mean", mean), _numbers("--std", std), layout)  # type: ignore[arg-type]
-    if bool(before.mean) != bool(before.std):
+    low, high = (0.0, 1.0) if pixels is None else number_list("--range", pixels, float, "0,255", counts=(2, 2))
+    means = [] if mean is None else number_list("--mean", mean, float, "0.49,0.48,0.45")
+    stds = [] if std is None else number_list("--std", std, float, "0.25,0.24,0.26", low=1e-6)
+    before = Preprocessing(low, high, tuple(means), tuple(stds), layout)  # type: ignore[arg-type]
+    if bool(means) != bool(stds):
         raise InputError("--mean and --std belong together; give both or neither")
     if check:
         _report(survey(read_classifier(model, before).network, surrogate), str(model), as_json)
@@ -162,22 +165,6 @@ def command(
 
 def _promised(reference: Any) -> Any:
     return None if reference is None else reference.model_dump()
-
-
-def _numbers(option: str, text: str | None, count: int | None = None) -> tuple[float, ...]:
-    """Return the numbers of a comma-separated option, or () without it. count: how many there must be.
-
-    Raises InputError for anything else, and for a standard deviation that is not above 0.
-    """
-    if text is None:
-        return ()
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if not numbers or (count is not None and len(numbers) != count) or (option == "--std" and min(numbers) <= 0):
-        raise InputError(f"{option} {text!r}: write numbers with commas between them, such as 0.49,0.48,0.45")
-    return numbers
 
 
 def _labels(text: str | None) -> list[str]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpdsgr_deploy.cli.bench_bundle import bench_bundle
 from mpdsgr_deploy.cli.ignored import refuse_ignored
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
@@ -123,7 +124,7 @@ def command(
       mpdsgr bench bundles/digits --backend onnxruntime-cpu --backend openvino --batch 1,32 --total 2000000
       mpdsgr bench --url http://127.0.0.1:8000/v2/models/digits --rate 200 --seconds 30
     """
-    batches = [int(size) for size in _numbers("--batch", sizes, 1, 65536, whole=True)]
+    batches = number_list("--batch", sizes, int, "1,32,256", low=1, high=65536)
     if (bundle is None) == (url is None):
         raise InputError("give BUNDLE to measure this machine, or --url to measure a server")
     if bundle is not None:
@@ -151,11 +152,11 @@ def command(
     if concurrency and rate:
         raise InputError("--concurrency and --rate are two ways of sending requests; give only one of them")
     loads = (
-        [Load(seconds, requests, rate=value) for value in _numbers("--rate", rate, 1e-3, 1e5)]
+        [Load(seconds, requests, rate=value) for value in number_list("--rate", rate, float, "8", low=1e-3, high=1e5)]
         if rate
         else [
-            Load(seconds, requests, concurrency=int(value))
-            for value in _numbers("--concurrency", concurrency or CONCURRENCY, 1, 4096, whole=True)
+            Load(seconds, requests, concurrency=value)
+            for value in number_list("--concurrency", concurrency or CONCURRENCY, int, CONCURRENCY, low=1, high=4096)
         ]
     )
     results, interrupted = LoadMeasurement(), False
@@ -192,17 +193,6 @@ def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None
             click.echo(f"  {outcome.perf_analyzer}")
     for warning in warnings:
         click.echo(f"warning: {warning}", err=True)
-
-
-def _numbers(option: str, text: str, low: float, high: float, whole: bool = False) -> list[float]:
-    """Parse the numbers of a comma-separated option, each between `low` and `high`. Raises InputError otherwise."""
-    try:
-        values = [float(int(part) if whole else float(part)) for part in text.split(",")]
-    except ValueError:
-        values = []
-    if not values or not all(low <= value <= high for value in values):
-        raise InputError(f"{option} {text!r} is not a list of numbers from {low:g} to {high:g}, such as 8 or 1,8,32")
-    return values
 
 
 def _read(path: Path) -> NDArray[Any]:

@@ -8,11 +8,11 @@ import click
 
 from mpdsgr_deploy.bundle import Bundle, Prepared
 from mpdsgr_deploy.cli.ignored import refuse_ignored
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.cli.output import json_option, opened_bundle, precision_option, print_json
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.tensorrt import BatchSizes, prepare
+from mpdsgr_deploy.runtime.tensorrt import prepare
 from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES
 from mpdsgr_deploy.runtime.tuning import OPENERS, tune
 
@@ -67,7 +67,7 @@ def command(
         refuse_ignored(f"--backend {backend}", "batch", "target")
     if target is not None:
         builder = partial(builder, targets=target.split(","))
-    batch_sizes = None if batch is None else parse_batch(batch)
+    batch_sizes = None if batch is None else tuple(number_list("--batch", batch, int, "1,32,128", counts=(3, 3)))
     opened, chosen = opened_bundle(bundle, precision)
     opened.variant(chosen)
     log.info("preparing %s of %s for %s ...", chosen, opened.path, backend)
@@ -81,12 +81,3 @@ def command(
     click.echo(f"added {addition} to {opened.path} in {seconds:.1f} s")
     report = f"{opened.path}-{backend}"
     click.echo(f"next: mpdsgr validate {opened.path}@{chosen} --backend {backend} --report {report}")
-
-
-def parse_batch(text: str) -> BatchSizes:
-    """Return the three whole numbers of MIN,OPT,MAX. Raises InputError for anything else."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
-        raise InputError(f"--batch {text}: write three whole numbers MIN,OPT,MAX, for example 1,32,128")
-    smallest, best, largest = map(int, parts)
-    return smallest, best, largest

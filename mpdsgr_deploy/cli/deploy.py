@@ -6,9 +6,9 @@ from typing import Any
 
 import click
 
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.cli.output import json_option, overrides_option, print_json, signature_option, verdict_option
 from mpdsgr_deploy.demand import demand_of
-from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.serving.deploy import kserve as kserve_files
 from mpdsgr_deploy.serving.deploy import ray as ray_files
 from mpdsgr_deploy.serving.deploy import triton as triton_files
@@ -237,7 +237,5 @@ def ray(
 
 def _span(replicas: str) -> tuple[int, int]:
     """Return the smallest and the largest number of N or MIN,MAX. Raises InputError for any other text."""
-    least, comma, most = replicas.partition(",")
-    if not least.isdecimal() or (comma and not most.isdecimal()):
-        raise InputError(f"--replicas {replicas}: write a number, or the smallest and the largest one, for example 1,4")
-    return int(least), int(most or least)
+    numbers = number_list("--replicas", replicas, int, "1,4", low=0, counts=(1, 2))
+    return numbers[0], numbers[-1]

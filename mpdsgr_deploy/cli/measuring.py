@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mpdsgr_deploy.cli.ignored import refuse_ignored
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.recipes import shipped
 
@@ -77,10 +77,7 @@ class Measuring:
     @property
     def numbers(self) -> list[int]:
         """The seeds, sorted; empty without the option. Raises InputError unless they are a list of whole numbers."""
-        try:
-            return sorted({int(part) for part in self.seeds.split(",")}) if self.seeds is not None else []
-        except ValueError:
-            raise InputError(f"--seeds {self.seeds!r}: write whole numbers with commas, for example 0,1,2") from None
+        return [] if self.seeds is None else sorted({*number_list("--seeds", self.seeds, int, "0,1,2", low=0)})
 
     def measured(self, stems: Iterable[str]) -> list[str]:
         """Return those of `stems` that have records of results."""
