@@ -17,7 +17,7 @@ from mpdsgr_deploy.address import BundleAddress, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import at_home
 from mpdsgr_deploy.cli.doctor import grouped
-from mpdsgr_deploy.cli.output import opened_bundle, print_json, print_table
+from mpdsgr_deploy.cli.output import opened_bundle, opened_precisions, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 
 ROWS = [("digits-mpdsgr", "a network for scikit-learn's digits with the regulariser of the paper " * 2, "1.0")]
@@ -203,3 +203,19 @@ def test_a_finished_run_says_that_nothing_is_left(run_dir: Path, tmp_path: Path)
 def test_the_doctor_says_a_reason_that_precisions_share_once() -> None:
     states = {("a", "fp32"): "works", ("a", "int8"): "no: old", ("a", "fp8"): "no: old", ("b", "fp32"): "no: old"}
     assert grouped(states) == [("a", "fp32", "works"), ("a", "int8, fp8", "no: old"), ("b", "fp32", "no: old")]
+
+
+def test_precisions_are_those_that_are_named_or_all(precise: Bundle) -> None:
+    """A digest names no precision, although it follows an "@" too."""
+    everything = list(precise.manifest.variants)
+    assert len(everything) > 1
+    place, digest = str(precise.path), f"@sha256:{precise.manifest.digest}"
+    for text, options, expected in (
+        (place, (), everything),
+        (place + digest, (), everything),
+        (f"{place}@int8{digest}", (), ["int8"]),
+        (place + digest, ("int8", "fp32"), ["int8", "fp32"]),
+    ):
+        assert opened_precisions(text, options)[1] == expected
+    with pytest.raises(InputError, match="leave one of them out"):
+        opened_precisions(f"{place}@int8", ["fp32"])

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import click
 
-from mpdsgr_deploy.cli.output import opened_bundle, print_json, print_table
+from mpdsgr_deploy.cli.output import opened_precisions, print_json, print_table
 from mpdsgr_deploy.errors import EvaluationError
 from mpdsgr_deploy.prediction.cost import Cost, Estimate, estimate, measure_costs
 
@@ -26,8 +26,7 @@ def bench_bundle(
 
     Raises EvaluationError if nothing could be measured.
     """
-    bundle, named = opened_bundle(text, None)
-    chosen = precisions or ([named] if "@" in text else list(bundle.manifest.variants))
+    bundle, chosen = opened_precisions(text, precisions)
     costs = measure_costs(bundle, backends, chosen, batches, seconds=seconds)
     measured = [cost for cost in costs if not cost.error]
     if not measured:

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import click
 
 from mpdsgr_deploy.bundle import Bundle
-from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json, print_table
+from mpdsgr_deploy.cli.output import json_option, opened_precisions, print_json, print_table
 from mpdsgr_deploy.errors import MpdsgrError, one_line
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.provenance import package_version, provenance
@@ -51,8 +51,7 @@ def command(bundle: str | None, as_json: bool) -> None:
       mpdsgr doctor bundles/digits
     """
     with copy_of(shipped("export") / "doctor" / "bundle") as small:
-        opened, named = opened_bundle(bundle or str(small), None)
-        precisions = [named] if bundle and "@" in bundle else list(opened.manifest.variants)
+        opened, precisions = opened_precisions(bundle or str(small))
         pairs = [(backend, precision) for backend in BACKENDS for precision in precisions]
         states = {pair: state(opened, *pair, build=bundle is None) for pair in track(pairs, "trying backends")}
     packages = {extra: {name: package_version(name) for name in names} for extra, names in extras().items()}

@@ -61,6 +61,18 @@ def opened_bundle(text: str, precision: str | None, trust: Trust | None = None) 
     return open_bundle(local_copy(address), trust), precision or address.precision or "fp32"
 
 
+def opened_precisions(text: str, options: Sequence[str] = (), trust: Trust | None = None) -> tuple[Bundle, list[str]]:
+    """Open BUNDLE as `opened_bundle` does; return the bundle, and the precisions that are named, or else all it has.
+
+    options: the values of --precision. Raises InputError if BUNDLE names one too.
+    """
+    named = parse_address(text).precision
+    if named is not None and options:
+        raise InputError(f"{text!r} and --precision name precisions; leave one of them out")
+    bundle, _ = opened_bundle(text, None, trust)
+    return bundle, [named] if named is not None else list(options or bundle.manifest.variants)
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON, in one line, with null for NaN and infinity, which JSON does not have."""
     click.echo(json.dumps(_strict(value), allow_nan=False))

@@ -1,12 +1,13 @@
 """mpdsgr verify"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from mpdsgr_deploy.bundle import MANIFEST, Bundle
 from mpdsgr_deploy.cli.ignored import refuse_ignored
-from mpdsgr_deploy.cli.output import json_option, opened_bundle, print_json
+from mpdsgr_deploy.cli.output import json_option, opened_precisions, print_json
 from mpdsgr_deploy.demand import Demand
 from mpdsgr_deploy.errors import EvaluationError, InputError, MpdsgrError
 from mpdsgr_deploy.lookup import need
@@ -45,9 +46,10 @@ def command(
 ) -> None:
     """Check a bundle's hashes, answers and signature, without attacks.
 
-    The answers are those of every precision to the golden batch, a few images whose logits are stored in the bundle.
-    --rebuild also checks that the weights and the recipe give exactly these files. With --key, --certificate or
-    --identity the signature is checked first, and all later checks read a private copy of the signed files.
+    The answers are those of every precision, or of that of BUNDLE@PRECISION, to the golden batch, a few images whose
+    logits are stored in the bundle. --rebuild also checks that the weights and the recipe give exactly these files.
+    With --key, --certificate or --identity the signature is checked first, and all later checks read a private copy of
+    the signed files.
 
     Of a REPORT, a directory that `mpdsgr validate` wrote, only the signature is checked: no file may have changed since
     `mpdsgr sign` signed it.
@@ -66,11 +68,11 @@ def command(
     if is_report:
         _verify_report(Path(bundle), trust, as_json)
         return
-    opened, _ = opened_bundle(bundle, None, trust)
+    opened, precisions = opened_precisions(bundle, trust=trust)
     signer = opened.signed.signer if opened.signed else None
-    verdicts = [vouched.verdict for p in opened.manifest.variants if (vouched := Demand(trust).verdict(opened, p))]
+    verdicts = [vouched.verdict for p in precisions if (vouched := Demand(trust).verdict(opened, p))]
     checked = [*(["signature"] if signer else []), "hashes", "golden answers"]
-    faults = golden_faults(opened)
+    faults = golden_faults(opened, precisions)
     if rebuild:
         need("torch", "train")
         from mpdsgr_deploy.exporting.rebuild import check_rebuilt
@@ -111,10 +113,10 @@ def _verify_report(directory: Path, trust: Trust | None, as_json: bool) -> None:
     click.echo(f"{directory}: no file has changed since it was signed\n  signed by {signer}\n  {verdict.line}")
 
 
-def golden_faults(bundle: Bundle) -> list[str]:
-    """Return one line per precision that cannot be opened here or answers the golden batch wrongly."""
+def golden_faults(bundle: Bundle, precisions: Sequence[str]) -> list[str]:
+    """Return one line per one of `precisions` that cannot be opened here or answers the golden batch wrongly."""
     faults = []
-    for precision in bundle.manifest.variants:
+    for precision in precisions:
         try:
             with open_predictor(bundle, precision=precision):
                 pass
