@@ -1,16 +1,17 @@
 """Decide whether two sets of logits agree, for export, for the golden check and for validation."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.reference import Reference
 
 TOLERANCE = 1e-5  # difference of logits that float32 rounding alone can cause
 MINIMUM_SHARE = 0.95  # share of rows that must agree within TOLERANCE, in `Parity.holds`
-GOLDEN_ROWS = 8  # largest number of golden inputs
 SAME_ROWS = 0.9  # share of rows that must agree within TOLERANCE, in `answer_faults`
 SAME_LABELS = 0.99  # share of rows whose predicted classes must be equal, in `answer_faults`
 
@@ -57,17 +58,13 @@ def compare(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> Pari
     )
 
 
-def golden_rows(agreeing: NDArray[np.bool_], logits: Sequence[NDArray[np.float32]]) -> NDArray[np.intp]:
-    """Return the rows, at most GOLDEN_ROWS of N, whose logits another machine should reproduce.
+def in_batches(network: Predictor, x: NDArray[np.float32], sizes: Sequence[int]) -> NDArray[np.float32]:
+    """Return the logits [n, K] of images x [n, C, H, W], computed in batches of these sizes, whose sum is at least n.
 
-    agreeing [N]: whether torch and the ONNX file agree on a row, which shows that rounding flips no spike. logits: an
-    array [N, K] for each precision. Of the agreeing rows, those with the largest margins between the two best logits
-    are chosen, where the smallest margin of all precisions counts.
+    Comparing them shows whether an image's logits depend on the other images of its batch.
     """
-    rows = np.flatnonzero(agreeing)
-    best = np.stack([np.sort(answer, axis=1)[:, -2:] for answer in logits])  # [variants, rows, 2]
-    margins = (best[..., -1] - best[..., 0]).min(0)  # 0 if there is only one label
-    return np.sort(rows[np.argsort(-margins[rows], kind="stable")][:GOLDEN_ROWS])
+    bounds = np.cumsum((0, *sizes))
+    return np.concatenate([network(x[a:b]) for a, b in pairwise(bounds) if a < len(x)])
 
 
 def check_answers(reference: Reference | None, precision: str, logits: NDArray[np.float32]) -> Parity | None:

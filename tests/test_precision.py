@@ -18,7 +18,8 @@ from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, Grid, convert, grids, plan, products, rounded_weights
 from mpdsgr_deploy.exporting.trial import drop
-from mpdsgr_deploy.parity import TOLERANCE, golden_rows
+from mpdsgr_deploy.golden import golden_rows
+from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 
 SHAPE = (3, 16, 16)

@@ -1,61 +1,41 @@
 """Write a bundle around an ONNX file that was not exported by this package."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from shutil import copyfile
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.adopt.classifier import (
-    ELEMENTWISE,
-    Classifier,
-    Preprocessing,
-    cut_off,
-    probabilities,
-    read_classifier,
-)
+from mpdsgr_deploy.adopt.classifier import Classifier, Preprocessing, read_classifier
 from mpdsgr_deploy.adopt.evaluation_images import relabelled
 from mpdsgr_deploy.adopt.survey import Survey, survey
+from mpdsgr_deploy.adopt.variant_files import CHUNK, AdoptedVariant, place_variant, same_kind
 from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
 from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import GOLDEN, Accuracy, Bundle, Variant, model_file, seal, staged
+from mpdsgr_deploy.bundle import Accuracy, Bundle, Variant, model_file, seal, staged
 from mpdsgr_deploy.data import Images
-from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
+from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.golden import save_golden
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
+from mpdsgr_deploy.parity import TOLERANCE, compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, save_images, save_reference
-from mpdsgr_deploy.runtime import OnnxRuntime, predict
-from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
-from mpdsgr_deploy.runtime.session import CPU, Session
+from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.surrogates import ATTACK_ONLY, KINDS, SurrogateName, parse_surrogate
-from mpdsgr_deploy.validation.health.artefact import are_probabilities, check_logits
+from mpdsgr_deploy.validation.health.artefact import check_logits
 
-ADVICE = "export it with a free batch dimension (dynamic_shapes), in eval mode, and without state between calls"
-CHUNK = RuntimeSettings(chunk=32)  # limits the images that are computed at once, and thus the memory
-BATCHES = (1, 2, 5)  # batch sizes in which the first images are computed, to compare them with one batch
 # the attack with the other kind of resets, by whether the named surrogate detaches them
 OTHER_RESETS = {False: DetachedPGD.method, True: AttachedPGD.method}
 Origin = Literal["adopted", "module"]
-
-
-class AdoptedVariant(NamedTuple):
-    """A precision: the user's file, the classifier made from it, without its nodes, and the images' logits [N, K]."""
-
-    file: Path
-    classifier: Classifier
-    logits: NDArray[np.float32]
 
 
 def adopt(
@@ -87,18 +67,9 @@ def adopt(
     does not give the logits of the reference, or logits that are not finite.
     """
     out, base = out.resolve(), Recipe() if recipe is None else recipe
-    named = parse_surrogate(surrogate)
-    if named.averaged or named.kind in ATTACK_ONLY:
-        raise InputError(
-            f"surrogate {surrogate!r} exists only for attacks; choose one that networks are trained with: "
-            f"{', '.join(KINDS)}"
-        )
+    named = _trained_through(surrogate)
     main = read_classifier(model, preprocessing)
-    images = relabelled(images, labels, main.classes)
-    if not len(images):
-        raise InputError(f"there are no images on which to attack {model}; give labelled images with --images")
-    if images.shape != main.shape:
-        raise InputError(f"the images have shape {images.shape}; {model} takes {main.shape} (C, H, W)")
+    images = _fitting(relabelled(images, labels, main.classes), model, main)
     surveyed = survey(main.network, surrogate)
     if surveyed.refused:
         raise InputError(surveyed.refused)
@@ -108,10 +79,10 @@ def adopt(
     attacked_images = images[: choose("tier", TIERS, tier).images]
     with staged(out) as scratch:
         float32 = scratch / model_file("fp32")
-        parts = {"fp32": _placed(model, main, float32, attacked_images, filled)}
+        parts = {"fp32": place_variant(model, main, float32, attacked_images, filled)}
         for name, file in variants.items():
-            other = _same_kind(file, read_classifier(file, preprocessing), main)
-            parts[name] = _placed(file, other, scratch / model_file(name), attacked_images, filled)
+            other = same_kind(file, read_classifier(file, preprocessing), main)
+            parts[name] = place_variant(file, other, scratch / model_file(name), attacked_images, filled)
             # raises InputError if it cannot be attacked; the survey has checked that for float32
             attack_graph(other.network, surrogate)
         exact = _agrees(model, parts["fp32"].logits, reference)
@@ -142,6 +113,26 @@ def adopt(
         )
 
 
+def _trained_through(surrogate: str) -> SurrogateName:
+    """Parse the surrogate. Raises InputError for one through which no network is trained."""
+    named = parse_surrogate(surrogate)
+    if named.averaged or named.kind in ATTACK_ONLY:
+        raise InputError(
+            f"surrogate {surrogate!r} exists only for attacks; choose one that networks are trained with: "
+            f"{', '.join(KINDS)}"
+        )
+    return named
+
+
+def _fitting(images: Images, model: Path, main: Classifier) -> Images:
+    """Return the images. Raises InputError if there are none, or if the network takes others."""
+    if not len(images):
+        raise InputError(f"there are no images on which to attack {model}; give labelled images with --images")
+    if images.shape != main.shape:
+        raise InputError(f"the images have shape {images.shape}; {model} takes {main.shape} (C, H, W)")
+    return images
+
+
 def _recipe(base: Recipe, model: Path, named: SurrogateName, surveyed: Survey) -> Recipe:
     """Return the recipe with surrogate, time steps and, if spikes reset a membrane, the attack on the other resets."""
     also = dict.fromkeys([*base.attack.also, *([OTHER_RESETS[named.detached]] if surveyed.resets else [])])
@@ -154,61 +145,6 @@ def _recipe(base: Recipe, model: Path, named: SurrogateName, surveyed: Survey) -
             "attack": base.attack.model_copy(update={"also": tuple(also)}),
         }
     )
-
-
-def _placed(file: Path, classifier: Classifier, target: Path, images: Images, recipe: Recipe) -> AdoptedVariant:
-    """Write a network to `target` and compute its logits. Raises InputError if they depend on the batch."""
-    if classifier.unchanged:
-        copyfile(file, target)
-    else:
-        onnx.checker.check_model(classifier.network, full_check=True)
-        onnx.save(classifier.network, target)
-    x = images[: sum(BATCHES)].unit()
-    with OnnxRuntime(target, source=file, settings=CHUNK) as network:
-        try:
-            together = network(x)
-            bounds = np.cumsum((0, *BATCHES))
-            pieces = [network(x[a:b]) for a, b in pairwise(bounds) if a < len(x)]
-        except InputError as error:
-            size = "" if classifier.batch is None else f" than {classifier.batch}"
-            raise InputError(
-                f"{file} does not run with another batch size{size} ({one_line(error)}); {ADVICE}"
-            ) from None
-        parity = compare(together, np.concatenate(pieces)[: len(x)])
-        if not parity.holds:
-            raise InputError(f"{file} gives an image other logits in another batch ({parity}); {ADVICE}")
-        _check_freed(file, classifier, x, together)
-        logits = predict(network, images.unit(), recipe.validation.batch_size, f"{target.stem}, clean")
-    if logits.shape != (len(images), classifier.classes) or not np.isfinite(logits).all():
-        raise EvaluationError(f"{file} does not give {classifier.classes} finite logits for each image")
-    if are_probabilities(logits):
-        raise InputError(cut_off(file, classifier.network, probabilities(classifier.network, through=ELEMENTWISE)))
-    return AdoptedVariant(file, classifier._replace(network=onnx.ModelProto()), logits)
-
-
-def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], logits: NDArray[np.float32]) -> None:
-    """Raise InputError unless the network with a dynamic batch gives the logits of the file at its fixed batch."""
-    if classifier.batch is None:
-        return
-    rows = np.arange(classifier.batch) % len(x)
-    with Session(file, CPU, source=file) as own:
-        (name,) = own.inputs
-        (expected,) = own({name: classifier.before.applied(x[rows])}, own.outputs)
-    parity = compare(expected, logits[rows])
-    if not parity.holds:
-        raise InputError(
-            f"{file} has a fixed batch size of {classifier.batch}, and gives other logits when it is changed "
-            f"({parity}); {ADVICE}"
-        )
-
-
-def _same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
-    if (other.shape, other.classes) != (main.shape, main.classes):
-        raise InputError(
-            f"{file} maps {other.shape} to {other.classes} logits, but the network maps {main.shape} to "
-            f"{main.classes}; give the same network in another precision"
-        )
-    return other
 
 
 def _agrees(model: Path, logits: NDArray[np.float32], reference: NDArray[np.float32] | None) -> NDArray[np.bool_]:
@@ -275,9 +211,7 @@ def _save_golden(
             with OnnxRuntime(folder / model_file(name)) as network:
                 logits[name] = network(x)
         exact = np.ones(len(x), np.bool_)
-    rows = golden_rows(exact, [*logits.values()])
-    arrays: dict[str, Any] = {name: answers[rows] for name, answers in logits.items()}
-    np.savez(folder / GOLDEN, inputs=x[rows], **arrays)
+    save_golden(folder, x, logits, exact)
 
 
 def _provenance(

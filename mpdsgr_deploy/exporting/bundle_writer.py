@@ -1,9 +1,8 @@
 """The export stage: write the bundle of a checkpoint directory, and measure its parity with torch and its accuracy."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +10,7 @@ import onnx_ir as ir
 from mpdsgr_deploy.attack_graph import derived
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS
-from mpdsgr_deploy.bundle import GOLDEN, WEIGHTS, Bundle, Variant, model_file, seal, staged
+from mpdsgr_deploy.bundle import WEIGHTS, Bundle, Variant, model_file, seal, staged
 from mpdsgr_deploy.checkpoint import Checkpoint, Choice, find_checkpoint, weights_bytes
 from mpdsgr_deploy.data import Images, load_test, load_training
 from mpdsgr_deploy.data.likeness import PixelStatistics
@@ -19,15 +18,15 @@ from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.exporting.step_search import fewest_steps
+from mpdsgr_deploy.exporting.torch_parity import ComparedLogits, compared_logits, probe_images
 from mpdsgr_deploy.exporting.trial import Trial
+from mpdsgr_deploy.golden import save_golden
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.models.time_steps import first_steps
 from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
-from mpdsgr_deploy.parity import TOLERANCE, compare, golden_rows
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.reference import IMAGES, REFERENCE, Promise, save_images, save_reference
@@ -35,16 +34,6 @@ from mpdsgr_deploy.runtime import OnnxRuntime, predict
 from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork, noise_inputs
 from mpdsgr_deploy.surrogates import trained_surrogate
 from mpdsgr_deploy.trained_networks import load_network
-
-PARITY_BATCHES = (1, 2, 5, 33)  # sizes of the batches that torch and the ONNX file are compared on
-
-
-class ComparedLogits(NamedTuple):
-    """Images [B, C, H, W], and the logits [B, K] that the torch network and its float32 ONNX file give for them."""
-
-    inputs: np.ndarray
-    torch: np.ndarray
-    onnx: np.ndarray
 
 
 def export(
@@ -83,13 +72,7 @@ def export(
     graph; EvaluationError if the ONNX file and the torch network disagree, if a precision gives logits that are not
     finite, and if max_drop cannot be met.
     """
-    variants = list(dict.fromkeys(["fp32", *precisions]))
-    for name in variants:
-        choose("precision", dict.fromkeys(PRECISIONS), name)
-    if max_drop is not None and len(variants) == 1 and steps != "auto":
-        raise InputError(
-            "--max-drop limits the losses of other precisions and of fewer time steps; add --precision or --steps auto"
-        )
+    variants = _names(precisions, limited=max_drop is not None and steps != "auto")
     out = out.resolve()  # a link is followed, not replaced
     source = find_checkpoint(checkpoint_dir, choice)
     checkpoint, model = load_network(source)
@@ -108,7 +91,7 @@ def export(
         graph, compared = _float32(model, reference, images, scratch)
         written = _variants(variants, graph, reference, checkpoint.recipe, images, scratch, max_drop)
         if images is not None and not carry_images:  # images must not be stored as golden inputs either
-            compared = _compared(reference, _probe(None, checkpoint.shape), scratch)
+            compared = compared_logits(reference, probe_images(None, checkpoint.shape), scratch / model_file("fp32"))
         _save_golden(reference, compared, written, scratch)
         figures = None
         if images is not None:
@@ -130,14 +113,23 @@ def export(
             trained_steps=None if trained_steps == model.T else trained_steps,
             variants=written,
             reference=figures,
-            provenance={
-                "export": provenance(),
-                "training": checkpoint.provenance,
-                "epoch": checkpoint.epoch,
-                "checkpoint": checkpoint.origin,
-                **({"steps": chosen_by} if chosen_by else {}),
-            },
+            provenance=_provenance(checkpoint, chosen_by),
         )
+
+
+def _names(precisions: Sequence[str], *, limited: bool) -> list[str]:
+    """Return the precisions to write. limited: whether only losses of those besides fp32 are limited.
+
+    Raises InputError for an unknown precision, and if there is none whose losses could be limited.
+    """
+    names = list(dict.fromkeys(["fp32", *precisions]))
+    for name in names:
+        choose("precision", dict.fromkeys(PRECISIONS), name)
+    if limited and len(names) == 1:
+        raise InputError(
+            "--max-drop limits the losses of other precisions and of fewer time steps; add --precision or --steps auto"
+        )
+    return names
 
 
 def _with_steps(
@@ -170,9 +162,10 @@ def _float32(
     Raises EvaluationError if they differ.
     """
     graph = to_graph(simplify(model), reference.shape)
-    save(graph, folder / model_file("fp32"))
-    compared = _compared(reference, _probe(images, reference.shape), folder)
-    parity = compare(compared.torch, compared.onnx)
+    file = folder / model_file("fp32")
+    save(graph, file)
+    compared = compared_logits(reference, probe_images(images, reference.shape), file)
+    parity = compared.parity
     if not parity.holds:
         raise EvaluationError(
             f"the exported network differs from the torch network ({parity}), so no bundle was written; please "
@@ -218,9 +211,7 @@ def _save_golden(reference: TorchModel, compared: ComparedLogits, variants: dict
             logits[name] = artefact(inputs)
         if not np.isfinite(logits[name]).all():
             raise EvaluationError(f"{name} overflows: some of its logits are not finite; leave this precision out")
-    rows = golden_rows(np.abs(compared.torch - compared.onnx).max(1) <= TOLERANCE, [*logits.values()])
-    arrays: dict[str, Any] = {"inputs": inputs[rows], **{name: answer[rows] for name, answer in logits.items()}}
-    np.savez(folder / GOLDEN, **arrays)
+    save_golden(folder, inputs, logits, compared.agreeing)
 
 
 def pixel_statistics(model: SpikingNet) -> PixelStatistics | None:
@@ -253,6 +244,17 @@ def _promise(
     return figures
 
 
+def _provenance(checkpoint: Checkpoint, chosen_by: dict[str, Any]) -> dict[str, Any]:
+    """Return where the network comes from. chosen_by: how the number of time steps was chosen, if it was."""
+    return {
+        "export": provenance(),
+        "training": checkpoint.provenance,
+        "epoch": checkpoint.epoch,
+        "checkpoint": checkpoint.origin,
+        **({"steps": chosen_by} if chosen_by else {}),
+    }
+
+
 def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) -> Images | None:
     config = checkpoint.recipe.data.at(root)
     try:
@@ -266,25 +268,6 @@ def _test_images(checkpoint: Checkpoint, root: str | None, limit: int | None) ->
     if limit is not None and limit > len(images):
         raise InputError(f"{config.name} has {len(images)} test images, not {limit}; use fewer with --limit")
     return images[: limit or checkpoint.recipe.validation.limit or len(images)]
-
-
-def _probe(images: Images | None, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return images float32 [B, C, H, W] in [0, 1] for the parity check: test images, or noise if there are none."""
-    count = sum(PARITY_BATCHES)
-    if images is not None:
-        return images[:count].unit()
-    return np.random.default_rng(0).random((count, *shape), np.float32)
-
-
-def _compared(model: TorchModel, inputs: np.ndarray, folder: Path) -> ComparedLogits:
-    with OnnxRuntime(folder / model_file("fp32"), noise=model.noise) as artefact:
-        return ComparedLogits(inputs, _in_batches(model, inputs), _in_batches(artefact, inputs))
-
-
-def _in_batches(network: Predictor, inputs: np.ndarray) -> np.ndarray:
-    """Return logits [B, K], computed in batches of several sizes, which shows that the batch dimension is dynamic."""
-    bounds = np.cumsum((0, *PARITY_BATCHES))
-    return np.concatenate([network(inputs[a:b]) for a, b in pairwise(bounds) if a < len(inputs)])
 
 
 def _unmeasured_variant(graph: ir.Model, precision: str, folder: Path) -> Variant:
