@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mpdsgr_deploy.attacks.condition import WORST
+from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, STRONG, WORST
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli.output import json_option, print_json, print_table
 from mpdsgr_deploy.errors import EvaluationError, InputError
@@ -17,7 +17,7 @@ from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 RECIPE = "digits-robust"
-COLUMNS = ("clean", "gaussian", "fgsm", "pgd-strong", WORST)
+COLUMNS = (CLEAN, GAUSSIAN, FGSM, STRONG, WORST)
 NO_FLOORS = "gate.floors={}"  # the recipe's floors do not apply, because accuracy differs by some points between CPUs
 
 

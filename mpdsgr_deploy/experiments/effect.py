@@ -6,19 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from mpdsgr_deploy.attacks.condition import PGD, WORST
+from mpdsgr_deploy.attacks.condition import CLEAN, GAUSSIAN, PGD, SQUARE, STRONG, TRANSFER, WORST
 from mpdsgr_deploy.experiments.records import Measured, Record
 from mpdsgr_deploy.experiments.row_comparison import omega, paired
 from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod
 from mpdsgr_deploy.validation.proportions import Z95
 
 CONDITIONS = {
-    "clean": "clean",
-    "noise": "gaussian",
-    "PGD": "pgd",
-    "transfer": "transfer",
-    "Square": "square",
-    "strong": "pgd-strong",
+    "clean": CLEAN,
+    "noise": GAUSSIAN,
+    "PGD": PGD,
+    "transfer": TRANSFER,
+    "Square": SQUARE,
+    "strong": STRONG,
     "union": WORST,
 }
 HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.attacks.condition import BIM, CLEAN, FGSM, GAUSSIAN, PGD, WORST
 from mpdsgr_deploy.attacks.condition import STRONG as STRONG_PGD
 from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.experiments.records import Measured, Record
@@ -14,8 +15,8 @@ from mpdsgr_deploy.recipe import load_recipe
 from mpdsgr_deploy.recipes import Published, find_recipe, published
 from mpdsgr_deploy.validation.proportions import Z95, wilson
 
-SHOWN = {"clean": "clean", "gaussian": "gaussian", "FGSM": "fgsm", "PGD": "pgd", "BIM": "bim"}  # heading -> condition
-STRONG = {"strong": "pgd-strong", "union": "worst"}
+SHOWN = {"clean": CLEAN, "gaussian": GAUSSIAN, "FGSM": FGSM, "PGD": PGD, "BIM": BIM}  # heading -> condition
+STRONG = {"strong": STRONG_PGD, "union": WORST}
 
 
 class Cell(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.attacks.condition import WORST
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.diagnostics.picture import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION, plain
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,
@@ -106,7 +106,7 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
     verdicts = {pair.records[0].row: verdict(pair.records, pair.baseline) for pair in compared}
     points: list[Label] = []
     for title, records in measured.items():
-        clean, union = cell(records, "clean"), cell(records, WORST)
+        clean, union = cell(records, CLEAN), cell(records, WORST)
         if clean is None or union is None:
             continue
         colour = COLOURS[verdicts[title]] if title in verdicts else BASELINE

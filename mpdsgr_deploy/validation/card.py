@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.diagnostics.facts import describe, spans
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.validation.proportions import wilson
 from mpdsgr_deploy.validation.report import ModelFacts, Report, accuracy_text, headline_first, load_report
 
-HEADLINE = {"clean": "accuracy", "worst": "accuracy under all attacks"}
+HEADLINE = {CLEAN: "accuracy", WORST: "accuracy under all attacks"}
 
 
 def report_about(bundle: Bundle, path: Path) -> Report:

@@ -9,6 +9,7 @@ import onnx
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.diagnostics.operation_counts import macs, parameters
 from mpdsgr_deploy.parity import Parity
@@ -151,7 +152,7 @@ class Report(BaseModel):
     @property
     def eps(self) -> float | None:
         """The L-infinity bound of the worst case; without that row, the largest of any condition."""
-        worst = self.row("worst")
+        worst = self.row(WORST)
         return worst.eps if worst else max((row.eps for row in self.rows if row.eps is not None), default=None)
 
 
@@ -192,17 +193,17 @@ def not_compared(report: Report) -> list[str]:
     """
     if not any(row.reference for row in report.rows):
         return []
-    return [row.name for row in report.rows if row.reference is None and row.name != "worst" and row.comparable]
+    return [row.name for row in report.rows if row.reference is None and row.name != WORST and row.comparable]
 
 
 def headline_first(report: Report) -> list[Row]:
     """Sort the rows in reading order: the accuracy under all attacks before the single conditions."""
-    return sorted(report.rows, key=lambda row: row.name != "worst")
+    return sorted(report.rows, key=lambda row: row.name != WORST)
 
 
 def sensitivity(report: Report) -> str:
     """Return a clause on the smallest drops that this run could detect, or "" if nothing was compared."""
-    named = [(row.name, row.detectable) for row in report.rows if row.name in ("clean", "worst")]
+    named = [(row.name, row.detectable) for row in report.rows if row.name in (CLEAN, WORST)]
     drops = [f"{100 * drop:.1f} % ({name})" for name, drop in named if drop is not None]
     return (
         f"with a probability of 90 % the gate would have refused a true drop of {', of '.join(drops)}" if drops else ""
@@ -219,5 +220,5 @@ def accuracy_text(row: Row, stopped: EarlyStop | None = None) -> str:
     """Format a row's accuracy with its interval, or as an upper bound if attacks or images are missing."""
     if not row.at_most:
         return percent(row.artefact)
-    moment = f", {stopped.moment}" if stopped and row.name == "worst" else f", of {row.n} images attacked"
+    moment = f", {stopped.moment}" if stopped and row.name == WORST else f", of {row.n} images attacked"
     return f"at most {100 * row.artefact.accuracy:.1f}{moment}"

@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpdsgr_deploy.attacks.condition import STRONG
+from mpdsgr_deploy.attacks.condition import CLEAN, STRONG, WORST
 from mpdsgr_deploy.diagnostics.picture import BLUE, GREEN, GREY, GRID, ORANGE, PURPLE, SKY_BLUE, VERMILION
 from mpdsgr_deploy.validation.report import (
     MEANING,
@@ -72,10 +72,10 @@ def page(report: Report) -> str:
 
 def headlines(report: Report) -> Iterator[tuple[str, Any]]:
     """Yield the title and the row (None if missing) of the accuracies at the top: clean, and under all attacks."""
-    yield "clean", report.row("clean")
+    yield "clean", report.row(CLEAN)
     yield (
         f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
-        report.row("worst"),
+        report.row(WORST),
     )
 
 
@@ -148,7 +148,7 @@ def shown_eps(report: Report) -> float:
 def by_attacker(report: Report) -> Figure:
     """Plot the accuracy with its interval under each white-box attacker, and at the top under all attacks together."""
     rows = sweep(report)
-    worst = report.row("worst")
+    worst = report.row(WORST)
     bars = rows if worst is None else [worst, *rows]
     figure, axes = blank(0.9 + 0.3 * len(bars))
     for place, row in enumerate(bars):
@@ -186,7 +186,7 @@ def sweep(report: Report) -> list[Row]:
 
 def named(row: Row) -> str:
     """Return the label of a row in the figure of attackers."""
-    if row.name == "worst":
+    if row.name == WORST:
         return "worst: the union"
     return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
 

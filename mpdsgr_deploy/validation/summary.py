@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.validation.report import (
     GATE_ADVICE,
     NOT_COMPARED,
@@ -70,7 +71,7 @@ def summary(report: Report) -> str:
 
 
 def line(row: Row, report: Report) -> str:
-    name = f"**{row.name}**" if row.name == "worst" else escaped(row.name)
+    name = f"**{row.name}**" if row.name == WORST else escaped(row.name)
     accuracy = accuracy_text(row, report.stopped)
     reference = percent(row.reference) if row.reference else NOT_COMPARED
     flips = f"{row.flips.newly_wrong} | {row.flips.newly_right} | {row.flips.p_text}" if row.flips else "- | - | -"
@@ -143,7 +144,7 @@ def readable(text: str) -> str:
 
 def badge(report: Report) -> bytes:
     """Return the JSON that https://shields.io/badges/endpoint-badge reads. An invalid evaluation shows no accuracy."""
-    clean, worst = report.row("clean"), report.row("worst")
+    clean, worst = report.row(CLEAN), report.row(WORST)
     parts = []
     if worst is not None and report.eps is not None:
         bound = "at most " if worst.at_most else ""
