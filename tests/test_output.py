@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
@@ -17,6 +18,7 @@ from mpdsgr_deploy.address import BundleAddress, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import at_home
 from mpdsgr_deploy.cli.doctor import grouped
+from mpdsgr_deploy.cli.number_list import number_list
 from mpdsgr_deploy.cli.output import opened_bundle, opened_precisions, print_json, print_table
 from mpdsgr_deploy.errors import InputError
 
@@ -219,3 +221,23 @@ def test_precisions_are_those_that_are_named_or_all(precise: Bundle) -> None:
         assert opened_precisions(text, options)[1] == expected
     with pytest.raises(InputError, match="leave one of them out"):
         opened_precisions(f"{place}@int8", ["fp32"])
+
+
+@pytest.mark.parametrize(
+    ("text", "bounds", "advice"),
+    [
+        ("1,x", {}, "write numbers with commas between them, such as 7"),
+        ("", {}, "write numbers with"),
+        ("nan", {}, "write numbers with"),
+        ("1,0", {"low": 1}, "write numbers from 1 with"),
+        ("1,9", {"low": 1, "high": 8}, "write numbers from 1 to 8 with"),
+        ("1,2", {"counts": (3, 3)}, "write 3 numbers with"),
+        ("1,2,3", {"counts": (1, 2)}, "write 1 to 2 numbers with"),
+    ],
+)
+def test_a_list_of_numbers_says_what_to_write(text: str, bounds: dict[str, Any], advice: str) -> None:
+    assert number_list("--some", "1, 2.5", float, "7") == [1, 2.5]
+    with pytest.raises(InputError, match=re.escape(f"--some {text!r}: {advice}")):
+        number_list("--some", text, float, "7", **bounds)
+    with pytest.raises(InputError, match="write whole numbers"):
+        number_list("--some", "2.5", int, "7")

@@ -182,7 +182,7 @@ def test_the_command_builds_and_says_what_is_next(copy: Bundle, tmp_path: Path) 
         (["--backend", "tensorrt-rt"], "did you mean 'tensorrt-rtx'"),
         (["--backend", RTX, "--precision", "int4"], "it has fp32"),
         (["--backend", RTX, "--batch", "8,4,2"], "MIN <= OPT <= MAX"),
-        (["--backend", RTX, "--batch", "8"], "three whole numbers"),
+        (["--backend", RTX, "--batch", "8"], "write 3 whole numbers"),
     ):
         assert_input_error(mpdsgr("build", copy.path, *arguments), expected)
     assert_input_error(mpdsgr("build", tmp_path, "--backend", RTX), "not a bundle")

@@ -28,6 +28,8 @@ def number_list(
         numbers = []
     if not counts[0] <= len(numbers) <= counts[1] or not all(isfinite(n) and low <= n <= high for n in numbers):
         bounds = f" from {low:g}" * (low > -inf) + f" to {high:g}" * (high < inf)
-        what = "whole numbers" if kind is int else "numbers"
+        few, many = counts
+        count = "" if many == inf else f"{many:g} " if few == many else f"{few:g} to {many:g} "
+        what = f"{count}{'whole numbers' if kind is int else 'numbers'}"
         raise InputError(f"{option} {text!r}: write {what}{bounds} with commas between them, such as {example}")
     return numbers
