@@ -129,10 +129,9 @@ def export_module(
     logits, or if the module keeps a state from one call to the next.
     """
     need("onnxscript", "train")
-    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module as write
 
-    labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
+    labelled = _labelled(images, root, limit)
     return write(module, labelled, Path(out), surrogate=surrogate, precisions=precisions, tier=tier, **details)
 
 
@@ -153,10 +152,20 @@ def adopt(
     `mpdsgr_deploy.adopt.adopt`. Raises InputError for a network that the images do not fit or that cannot be attacked.
     """
     from mpdsgr_deploy.adopt import adopt as write
+
+    labelled = _labelled(images, root, limit)
+    return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)
+
+
+def _labelled(images: str | Images, root: str | None, limit: int | None) -> Images:
+    """Return at most `limit` labelled images. Raises InputError for a `root` of images that are not a data set's."""
     from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
 
-    labelled = evaluation_images(images, root, None, limit) if isinstance(images, str) else images
-    return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)
+    if isinstance(images, str):
+        return evaluation_images(images, root, None, limit)
+    if root is not None:
+        raise InputError("root is the directory of a named data set, and these are images; leave root out")
+    return images[:limit] if limit else images
 
 
 def open_bundle(path: AnyPath, *, require_signature: str | None = None) -> Bundle:

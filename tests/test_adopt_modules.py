@@ -10,11 +10,13 @@ import torch
 from click.testing import CliRunner
 from foreign_files import digits, quick
 
+import mpdsgr_deploy as mpd
 from mpdsgr_deploy.adopt import adopt
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export_module, find_module
+from mpdsgr_deploy.recipes import shipped
 from mpdsgr_deploy.runtime import open_predictor
 
 
@@ -123,3 +125,12 @@ def test_a_module_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     assert list(open_bundle(Path("out")).manifest.variants) == ["fp32", "int8"]
+
+
+def test_images_in_memory_are_limited_and_have_no_directory(tmp_path: Path) -> None:
+    network = shipped("export") / "bundles" / "digits" / "model.fp32.onnx"
+    with pytest.raises(InputError, match="leave root out"):
+        mpd.adopt(network, digits(12), tmp_path / "out", root="data")
+    bundle = mpd.adopt(network, digits(12), tmp_path / "out", limit=6, recipe=quick())
+    assert bundle.manifest.reference is not None
+    assert bundle.manifest.reference.n == 6
