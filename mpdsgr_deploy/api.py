@@ -149,9 +149,10 @@ def adopt(
     """Write the bundle of any ONNX classifier, whose nodes are kept, to directory `out`, and open it.
 
     images, surrogate, tier, root, limit: see `export_module`. Further arguments are those of
-    `mpdsgr_deploy.adopt.adopt`. Raises InputError for a network that the images do not fit or that cannot be attacked.
+    `mpdsgr_deploy.adoption.adopt`. Raises InputError for a network that the images do not fit or that cannot be
+    attacked.
     """
-    from mpdsgr_deploy.adopt import adopt as write
+    from mpdsgr_deploy.adoption import adopt as write
 
     labelled = _labelled(images, root, limit)
     return write(Path(model), labelled, Path(out), surrogate=surrogate, tier=tier, **details)
@@ -159,7 +160,7 @@ def adopt(
 
 def _labelled(images: str | Images, root: str | None, limit: int | None) -> Images:
     """Return at most `limit` labelled images. Raises InputError for a `root` of images that are not a data set's."""
-    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
+    from mpdsgr_deploy.adoption.evaluation_images import evaluation_images
 
     if isinstance(images, str):
         return evaluation_images(images, root, None, limit)

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from foreign_files import digits, file, quick
 from onnx import numpy_helper
 
-from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier
+from mpdsgr_deploy.adoption import Preprocessing, adopt, read_classifier
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.validation.health.artefact import check_logits

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from foreign_files import digits, quick
 
 import mpdsgr_deploy as mpd
-from mpdsgr_deploy.adopt import adopt
+from mpdsgr_deploy.adoption import adopt
 from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.errors import EvaluationError, InputError

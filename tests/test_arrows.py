@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import mpdsgr_deploy
+
 PACKAGE = Path(__file__).parent.parent / "mpdsgr_deploy"
 STAGES = {"training", "exporting", "validation", "prediction", "serving", "experiments"}
 ALLOWED = {"training.preflight"}  # exports a small network of the recipe before a long training, as export would after
@@ -89,3 +91,8 @@ def test_stages_do_not_import_each_other() -> None:
         if room(name) in STAGES - {"experiments"} and name not in ALLOWED:
             others = {target for target in targets if room(target) in STAGES - {room(name)}}
             assert not others, f"{name} imports {others}"
+
+
+def test_no_module_hides_a_public_function() -> None:
+    """Importing a module sets an attribute of the package, in place of the function that is looked up lazily."""
+    assert set(mpdsgr_deploy.__all__) & {room(name) for name in MODULES} == set()

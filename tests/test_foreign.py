@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from served import Served
 
-from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
+from mpdsgr_deploy.adoption import Preprocessing, adopt, read_classifier, survey
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main

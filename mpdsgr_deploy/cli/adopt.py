@@ -116,8 +116,8 @@ def command(
     """
     if check:
         refuse_all_but("--check", "model", "surrogate", "mean", "std", "pixels", "layout", "check", "as_json")
-    from mpdsgr_deploy.adopt import Preprocessing, adopt, read_classifier, survey
-    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
+    from mpdsgr_deploy.adoption import Preprocessing, adopt, read_classifier, survey
+    from mpdsgr_deploy.adoption.evaluation_images import evaluation_images
 
     low, high = (0.0, 1.0) if pixels is None else number_list("--range", pixels, float, "0,255", counts=(2, 2))
     means = [] if mean is None else number_list("--mean", mean, float, "0.49,0.48,0.45")

@@ -165,7 +165,7 @@ def _of_module(
     carry_images: bool,
 ) -> "Bundle":
     """Export the module that `name` finds, attacked on the images of `data`, to a bundle."""
-    from mpdsgr_deploy.adopt.evaluation_images import evaluation_images
+    from mpdsgr_deploy.adoption.evaluation_images import evaluation_images
     from mpdsgr_deploy.exporting import export_module, find_module
     from mpdsgr_deploy.recipe import Recipe
 

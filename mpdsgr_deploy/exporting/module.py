@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from torch import Tensor, nn
 
-from mpdsgr_deploy.adopt import Preprocessing, adopt
+from mpdsgr_deploy.adoption import Preprocessing, adopt
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError, InputError, one_line

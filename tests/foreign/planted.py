@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from mpdsgr_deploy.adopt import classifier
+from mpdsgr_deploy.adoption import classifier
 from mpdsgr_deploy.attack_graph import derive, rules
 from mpdsgr_deploy.attack_graph import jumps as finding
 from mpdsgr_deploy.attack_graph.jumps import Inequality, Jump

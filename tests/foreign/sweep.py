@@ -26,7 +26,7 @@ from recording import record
 from torch import nn
 from torch.nn import functional as F
 
-from mpdsgr_deploy.adopt import read_classifier, survey
+from mpdsgr_deploy.adoption import read_classifier, survey
 from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
 
 SEED, CLASSES = 0, 10

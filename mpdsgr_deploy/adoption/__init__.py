@@ -6,8 +6,8 @@
 `validate`, `predict`, `serve`, `build`, `inspect` and `deploy` take such a bundle like any other.
 """
 
-from mpdsgr_deploy.adopt.classifier import Preprocessing, read_classifier
-from mpdsgr_deploy.adopt.survey import Survey, survey
-from mpdsgr_deploy.adopt.write import adopt
+from mpdsgr_deploy.adoption.classifier import Preprocessing, read_classifier
+from mpdsgr_deploy.adoption.survey import Survey, survey
+from mpdsgr_deploy.adoption.write import adopt
 
 __all__ = ["Preprocessing", "Survey", "adopt", "read_classifier", "survey"]

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from mpdsgr_deploy.adopt.free_batch import PREFIX, free_batch
+from mpdsgr_deploy.adoption.free_batch import PREFIX, free_batch
 from mpdsgr_deploy.attack_graph.values import without_weights
 from mpdsgr_deploy.errors import InputError, one_line
 from mpdsgr_deploy.onnx_files import VIEWS, maker_of_output

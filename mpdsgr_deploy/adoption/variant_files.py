@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.adopt.classifier import ELEMENTWISE, Classifier, cut_off, probabilities
+from mpdsgr_deploy.adoption.classifier import ELEMENTWISE, Classifier, cut_off, probabilities
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
 from mpdsgr_deploy.parity import compare, in_batches

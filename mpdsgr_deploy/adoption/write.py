@@ -9,10 +9,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.adopt.classifier import Classifier, Preprocessing, read_classifier
-from mpdsgr_deploy.adopt.evaluation_images import relabelled
-from mpdsgr_deploy.adopt.survey import Survey, survey
-from mpdsgr_deploy.adopt.variant_files import CHUNK, AdoptedVariant, place_variant, same_kind
+from mpdsgr_deploy.adoption.classifier import Classifier, Preprocessing, read_classifier
+from mpdsgr_deploy.adoption.evaluation_images import relabelled
+from mpdsgr_deploy.adoption.survey import Survey, survey
+from mpdsgr_deploy.adoption.variant_files import CHUNK, AdoptedVariant, place_variant, same_kind
 from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph import attack_graph
 from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
