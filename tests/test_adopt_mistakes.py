@@ -143,7 +143,7 @@ def test_bad_input_is_one_line_that_says_what_to_do(how: str, tmp_path: Path) ->
         (["--labels", "a,b"], "10 logits and there are 2 labels"),
         (["--mean", "0.5"], "--mean and --std belong together"),
         (["--mean", "1,2", "--std", "1,1"], "takes 1 channels"),
-        (["--range", "0-255"], "write numbers with commas"),
+        (["--range", "0-255"], "write 2 numbers with commas"),
         (["--range", "255,0"], "--range 255,0 is not a range of pixels"),
         (["--surrogate", "triangel"], "did you mean 'triangle'"),
         (["--surrogate", "triangle+averaged"], "exists only for attacks"),
