@@ -23,7 +23,7 @@ from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
-from mpdsgr_deploy.exporting.trial import attack
+from mpdsgr_deploy.exporting.precision_loss import attack
 from mpdsgr_deploy.models.simplify import simplify
 from mpdsgr_deploy.progress import show_progress
 from mpdsgr_deploy.provenance import provenance

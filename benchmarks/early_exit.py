@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from mpdsgr_deploy.attacks import apgd
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
-from mpdsgr_deploy.bundle import WEIGHTS, open_bundle
+from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.data import Images, load_training
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.models import SpikingNet
@@ -40,7 +40,7 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.reference import IMAGES as CARRIED
 from mpdsgr_deploy.snn import fold_time
 from mpdsgr_deploy.snn.recompute import one_by_one
-from mpdsgr_deploy.trained_networks import load_model
+from mpdsgr_deploy.trained_networks import load_bundled
 from mpdsgr_deploy.validation.image_checks import evaluation_images
 from mpdsgr_deploy.validation.proportions import wilson
 
@@ -204,7 +204,7 @@ def measure(path: Path, root: str | None, limit: int) -> dict[str, Any]:
     """One network: each policy's clean and worst accuracy, and its steps."""
     bundle = open_bundle(path)
     manifest, recipe = bundle.manifest, bundle.manifest.recipe
-    model = load_model(bundle.file(WEIGHTS), recipe, manifest.input_shape, len(manifest.labels))
+    model = load_bundled(bundle, otherwise="give a network that this package trained")
     model = simplify(model, (fold_norm, encode_once)).requires_grad_(False)
     _, validation = load_training(recipe.data.at(root))
     fixed = [Policy(f"first {n} steps" if n > 1 else "first step", torch.inf, n) for n in range(1, model.T + 1)]

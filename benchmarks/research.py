@@ -35,7 +35,7 @@ from mpdsgr_deploy.attacks.mpd_apgd import Still
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.attacks.tiers import entry, resolved
 from mpdsgr_deploy.attacks.torch_target import input_gradient
-from mpdsgr_deploy.bundle import WEIGHTS, open_bundle
+from mpdsgr_deploy.bundle import open_bundle
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -49,7 +49,7 @@ from mpdsgr_deploy.runtime import OnnxRuntime
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.snn import make_surrogate
 from mpdsgr_deploy.surrogates import ADAPTIVE, scaled
-from mpdsgr_deploy.trained_networks import load_model, load_network
+from mpdsgr_deploy.trained_networks import load_bundled, load_network
 
 RESULTS = Path(__file__).parent / "results" / "research.jsonl"
 ONE_THREAD = RuntimeSettings(threads=1, chunk=32)
@@ -87,7 +87,7 @@ def opened(path: Path, root: str | None, limit: int) -> Iterator[Network]:
         bundle = open_bundle(path)
         recipe, carried = bundle.manifest.recipe, path / IMAGES
         images = load_images(carried) if carried.exists() else load_test(recipe.data.at(root))
-        model = load_model(bundle.file(WEIGHTS), recipe, bundle.manifest.input_shape, len(bundle.manifest.labels))
+        model = load_bundled(bundle, otherwise="give a network that this package trained")
         yield Network(path.name, bundle.variant("fp32"), recipe, images[:limit], model)
         return
     checkpoint, model = load_network(find_checkpoint(path))

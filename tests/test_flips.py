@@ -19,7 +19,7 @@ from mpdsgr_deploy.diagnostics.trace import Recorder
 from mpdsgr_deploy.exporting.precision import FORMATS, convert, plan, rounded_weights
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import fold_norm, simplify
-from mpdsgr_deploy.runtime.half import rounded_as_written
+from mpdsgr_deploy.runtime.float16_on_cpu import rounded_as_written
 from mpdsgr_deploy.snn import Trace
 from mpdsgr_deploy.trained_networks import load_model
 

@@ -17,7 +17,7 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.exporting.onnx_writer import save
 from mpdsgr_deploy.exporting.precision import FORMATS, PRECISIONS, Grid, convert, grids, plan, products, rounded_weights
-from mpdsgr_deploy.exporting.trial import drop
+from mpdsgr_deploy.exporting.precision_loss import drop
 from mpdsgr_deploy.golden import golden_rows
 from mpdsgr_deploy.parity import TOLERANCE
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
@@ -206,7 +206,7 @@ def test_a_layer_that_int8_ruins_goes_back_to_float16(run_dir: Path, tmp_path: P
 def test_a_budget_that_nothing_meets_writes_nothing(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpdsgr_deploy.exporting.trial.drop", lambda exact, found, classes: 0.5)
+    monkeypatch.setattr("mpdsgr_deploy.exporting.precision_loss.drop", lambda exact, found, classes: 0.5)
     with pytest.raises(EvaluationError, match=r"int8 loses 50.00% of accuracy even with every layer in fp16"):
         export(run_dir, tmp_path / "bundle", precisions=["int8"], max_drop=0.01)
     assert not (tmp_path / "bundle").exists()

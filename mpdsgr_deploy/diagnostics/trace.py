@@ -17,7 +17,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import POTENTIAL, SPIKES
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.runtime import NoiseSource
-from mpdsgr_deploy.runtime.half import rounded_as_written
+from mpdsgr_deploy.runtime.float16_on_cpu import rounded_as_written
 from mpdsgr_deploy.runtime.session import CPU, Session
 
 REPLACEMENT = "replacement/"  # the input replacement/LAYER/t is used in place of spikes/LAYER/t

@@ -17,9 +17,9 @@ from mpdsgr_deploy.data.likeness import PixelStatistics
 from mpdsgr_deploy.errors import EvaluationError, InputError, MissingData
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
+from mpdsgr_deploy.exporting.precision_loss import Trial
 from mpdsgr_deploy.exporting.step_search import fewest_steps
 from mpdsgr_deploy.exporting.torch_parity import ComparedLogits, compared_logits, probe_images
-from mpdsgr_deploy.exporting.trial import Trial
 from mpdsgr_deploy.golden import save_golden
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.models import SpikingNet

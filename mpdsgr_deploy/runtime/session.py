@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.half import as_it_is, for_cpu
+from mpdsgr_deploy.runtime.float16_on_cpu import as_it_is, for_cpu
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}

@@ -15,7 +15,7 @@ from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError, explained
 from mpdsgr_deploy.models import build_model
-from mpdsgr_deploy.models.by_name import find_module
+from mpdsgr_deploy.models.module_by_name import find_module
 from mpdsgr_deploy.models.time_steps import per_step_names
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data

@@ -22,7 +22,7 @@ from mpdsgr_deploy.bundle import Bundle, NoiseInput, Prepared
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.half import for_cpu
+from mpdsgr_deploy.runtime.float16_on_cpu import for_cpu
 from mpdsgr_deploy.serving.deploy.output_directory import output_directory
 from mpdsgr_deploy.serving.deploy.triton_config import (
     CONFIG,
