@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked_worker
 import pytest
 import quick_tiers
 from click.testing import CliRunner
 from missing_packages import HAS_TORCH, pytest_make_collect_report, pytest_runtest_makereport
 from once import make_once
-from zygote import ASKING, BASE, SERVERS, ask, start
+from zygote import ADDRESS, ASKING, BASE, SERVERS, WORKERS, ask, start
 
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.bundle import Bundle, open_bundle
@@ -57,8 +59,14 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers inherit the variables that say where the zygotes listen."""
     if config.getoption("numprocesses", None):
         start(SERVERS)
-        if HAS_TORCH:
-            start()
+        start(*([ADDRESS] if HAS_TORCH else []), WORKERS, tests=config.args)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: list[Any]) -> None:
+    """Have workers forked from a process that has imported what they import."""
+    for spec in specs:
+        spec.python = shlex.join([sys.executable, "-IS", forked_worker.__file__, os.environ[WORKERS]])
 
 
 def mpdsgr(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import assert_input_error, mpdsgr, mpdsgr_here
 from ports import free_ports
-from zygote import ADDRESS, start
+from zygote import ADDRESS, address
 
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.errors import InputError
@@ -75,7 +75,7 @@ def by_torchrun(recipe: Path, out: Path) -> "subprocess.CompletedProcess[str]":
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--local-addr=127.0.0.1"]
     started = ["--no-python", sys.executable, "-S", "-c", WORKER, str(folder), *map(str, command(recipe, out))]
     arguments = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=run", *meeting, *started]
-    done = mpdsgr(prelude=AGENTS.format(arguments=arguments), **{ADDRESS: start()})
+    done = mpdsgr(prelude=AGENTS.format(arguments=arguments), **{ADDRESS: address()})
     printed = ("".join(path.read_text() for path in folder.glob(f"{name}*")) for name in ("stdout", "stderr"))
     done.stdout, done.stderr = (own + text for own, text in zip((done.stdout, done.stderr), printed, strict=True))
     return done

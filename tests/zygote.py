@@ -2,7 +2,8 @@
 
 Importing torch and Lightning takes seconds of processor time; so each command costs its own work alone. Who connects
 to its socket (`ask`) sends a command as a line of JSON and gets its exit code. It ends with its stdin. Servers have a
-process of their own (`Forked`), without torch.
+process of their own (`Forked`), without torch. With pytest-xdist it is itself the fork of a process that imports what
+the tests import as well, and forks the workers (`forked_worker`).
 """
 
 import atexit
@@ -17,8 +18,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -26,14 +27,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_worker import become, collect
 
 BASE = "MPDSGR_TEST_BASE"  # the environment variable with the folder of what all processes share
 PACKAGE = ("cli", "training", "exporting", "validation", "diagnostics.checkpoint_plots", "runtime.torch_model")
 ADDRESS = "MPDSGR_TEST_ZYGOTE"  # the environment variable with the address of the socket
-SERVERS = f"{ADDRESS}_OF_SERVERS"  # and that of the process that forks servers
+SERVERS = f"{ADDRESS}_OF_SERVERS"  # that of the process that forks servers
+WORKERS = f"{ADDRESS}_OF_WORKERS"  # and that of the one that forks pytest's workers
 MODULES = {
     ADDRESS: [*(f"mpdsgr_deploy.{name}" for name in PACKAGE), "exporting_once"],
     SERVERS: ["mpdsgr_deploy.cli.serve", "mpdsgr_deploy.serving.server", "onnxruntime"],
+    WORKERS: [],
 }
 IMPORTED_FROM = os.environ.get("PYTHONPATH")
 
@@ -47,19 +51,29 @@ def read_at_start() -> dict[str, str]:
 READ_AT_START = read_at_start()
 
 
-@cache
-def start(kind: str = ADDRESS) -> str:
-    """The socket of the process that forks commands for the tests of all workers; it ends with the first process."""
-    if kind not in os.environ:
-        address = str(Path(mkdtemp()) / "zygote")
-        atexit.register(shutil.rmtree, Path(address).parent)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(address)
+def start(*kinds: str, tests: Sequence[str] = ()) -> None:
+    """Start a process that forks what these kinds are, for the tests of all workers; it ends with the first process.
+
+    Each kind is forked from what it and the kinds before it import. tests: pytest's arguments, for WORKERS.
+    """
+    descriptors = {}
+    with ExitStack() as listeners:
+        for kind in kinds:
+            os.environ[kind] = str(Path(mkdtemp()) / "zygote")
+            atexit.register(shutil.rmtree, Path(os.environ[kind]).parent)
+            listener = listeners.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(os.environ[kind])
             listener.listen()
-            command = [sys.executable, __file__, str(listener.fileno()), kind]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
-        atexit.register(process.communicate)  # closes its stdin, at which it ends
-        os.environ[kind] = address
+            descriptors[kind] = listener.fileno()
+        command = [sys.executable, __file__, json.dumps(descriptors), *tests]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=descriptors.values())
+    atexit.register(process.communicate)  # closes its stdin, at which it ends
+
+
+def address(kind: str = ADDRESS) -> str:
+    """The socket of the process that forks this kind, which is started unless there is one."""
+    if kind not in os.environ:
+        start(kind)
     return os.environ[kind]
 
 
@@ -67,11 +81,10 @@ def ask(
     words: list[str], cwd: Path, environment: dict[str, str], prelude: str = ""
 ) -> subprocess.CompletedProcess[str]:
     """Run the command with these words in a process of its own. prelude: code that this process executes first."""
-    address = start()
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
         output = [Path(folder) / name for name in ("stdout", "stderr")]
         job = {"arguments": words, "cwd": str(cwd), "environment": environment, "prelude": prelude}
-        connection.connect(address)
+        connection.connect(address())
         connection.sendall((json.dumps({**job, "output": [*map(str, output)]}) + "\n").encode())
         code = int(connection.makefile().readline())
         return subprocess.CompletedProcess(words, code, *(path.read_text() for path in output))
@@ -98,7 +111,7 @@ class Forked:
     """
 
     def __init__(self, words: list[str], environment: dict[str, str], prelude: str = "") -> None:
-        address, self.args, self.returncode = start(SERVERS), words, None
+        self.args, self.returncode = words, None
         reading, writing = os.pipe()
         job = {
             "arguments": words,
@@ -109,7 +122,7 @@ class Forked:
             "open_files": resource.getrlimit(resource.RLIMIT_NOFILE),
         }
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(address)
+        self._connection.connect(address(SERVERS))
         self._connection.sendall((json.dumps(job) + "\n").encode())
         self._answers = self._connection.makefile("rb", buffering=0)  # no answer waits where `select` does not see it
         self.pid = int(self._answers.readline())
@@ -178,7 +191,6 @@ def answer(connection: socket.socket) -> None:
 
     Where the job names a limit of open files, the other one's process id is sent first.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     job = json.loads(connection.makefile().readline())
     open_files = job.pop("open_files", None)
     child = os.fork()
@@ -197,29 +209,49 @@ def answer(connection: socket.socket) -> None:
     connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def reap(*_: object) -> None:
+def reap(*_: object, options: int = os.WNOHANG) -> None:
     """Wait for the children that have ended, so that their time is counted as this process's."""
     with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+        while os.waitpid(-1, options) != (0, 0):
             pass
 
 
-def serve(listener: socket.socket, modules: list[str]) -> None:
-    for name in modules:
-        import_module(name)
-    if "mpdsgr_deploy.validation" in modules:
-        import_module("quick_tiers").use()
+def serve(listener: socket.socket, answer: Callable[[socket.socket], None]) -> None:
+    """Fork a child for each that connects, until stdin is closed."""
     gc.freeze()  # a collection in a child would copy every page that holds an object
     signal.signal(signal.SIGCHLD, reap)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard interrupt ends the first process, and so this one
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         with connection:
             if os.fork() == 0:
                 listener.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 answer(connection)
-                os._exit(0)
+                leave(None)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    reap(options=0)
+
+
+def main(descriptors: dict[str, int], tests: list[str]) -> None:
+    *others, _ = descriptors
+    for kind, descriptor in descriptors.items():
+        for name in MODULES[kind]:
+            import_module(name)
+        if kind == ADDRESS:
+            import_module("quick_tiers").use()
+        listener = socket.socket(fileno=descriptor)
+        if kind in others and os.fork():
+            listener.close()
+        elif kind == WORKERS:
+            collect(tests)
+            serve(listener, become)
+        else:
+            return serve(listener, answer)
+    return None
 
 
 if __name__ == "__main__":
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # as `serve` has it, before the import
-    serve(socket.socket(fileno=int(sys.argv[1])), MODULES[sys.argv[2]])
+    main(json.loads(sys.argv[1]), sys.argv[2:])
