@@ -6,10 +6,13 @@ import sys
 import tarfile
 import venv
 import zipfile
+from importlib.metadata import Distribution, distribution, distributions
 from pathlib import Path
 
 import pytest
 from conftest import QUICK_GATE, perturbed
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from served import BUNDLE
 
 from mpdsgr_deploy.bundle import open_bundle
@@ -45,14 +48,40 @@ def test_the_metadata_would_be_accepted_by_an_index(built: Path) -> None:
 
 @pytest.fixture(scope="module")
 def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a new environment with the wheel and its extra `cpu`, and nothing else."""
+    """The programs of a new environment with the wheel and what its extra `cpu` requires, and nothing else."""
     env = tmp_path_factory.mktemp("installed") / "env"
     venv.create(env, with_pip=False)
     (wheel,) = built.glob("*.whl")
     pip = [sys.executable, "-m", "pip", "--python", env / "bin" / "python", "--disable-pip-version-check"]
-    install = [*pip, "install", "--quiet", "--no-compile", "-c", ROOT / "constraints.txt", f"{wheel}[cpu]"]
-    subprocess.run(install, check=True, capture_output=True)
+    subprocess.run([*pip, "install", "--quiet", "--no-compile", "--no-deps", wheel], check=True, capture_output=True)
+    (site,) = (env / "lib").glob("python*/site-packages")
+    (wheels_own,) = distributions(path=[str(site)])
+    for name in {name for name, _ in required(wheels_own, "cpu")}:
+        link(distribution(name), site)
     return env / "bin"
+
+
+def required(package: Distribution, extra: str) -> set[tuple[str, str]]:
+    """The packages that pip would install with this one, by name and extra, from what their metadata say."""
+    found, waiting = set(), [(package, extra)]
+    while waiting:
+        package, extra = waiting.pop()
+        for requirement in map(Requirement, package.requires or ()):
+            if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+                continue
+            for further in requirement.extras or {""}:
+                if (entry := (canonicalize_name(requirement.name), further)) not in found:
+                    found.add(entry)
+                    waiting.append((distribution(requirement.name), further))
+    return found
+
+
+def link(package: Distribution, site: Path) -> None:
+    """Have the files of a package in another environment, which takes pip seconds."""
+    for file in package.files or ():
+        if ".." not in file.parts:  # programs, beside the modules
+            (site / file).parent.mkdir(parents=True, exist_ok=True)
+            (site / file).symlink_to(package.locate_file(file))
 
 
 def installed(environment: Path, program: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
