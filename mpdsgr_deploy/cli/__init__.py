@@ -1,5 +1,6 @@
 """The `mpdsgr` command, with one module per subcommand, which is loaded when it is called so that --help stays fast."""
 
+import gc
 import importlib
 import os
 import sys
@@ -126,4 +127,6 @@ def main() -> None:
             setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - it lasts as long as the process
     if not sys.warnoptions:  # warnings of libraries are meant for developers, not for users of this command
         warnings.simplefilter("ignore")
+    # torch and Lightning are 600,000 objects: Python's own intervals spend a tenth of a command on looking at them
+    gc.set_threshold(20_000, 50, 50)
     show_progress()
