@@ -1,6 +1,6 @@
 """Does a network that answers as soon as it is sure beat one that always takes its first N steps? Under attack, too.
 
-    python benchmarks/early_exit.py export/bundles/digits export/bundles/cifar10 --root data
+    python benchmarks/early_exit.py export/bundles/digits export/bundles/cifar10-clean --root data
 
 After step t the logits are the mean of the outputs so far, and their margin the best logit minus the second. An early
 exit answers at the first t whose margin reaches a threshold. Thresholds are chosen on validation images, such that

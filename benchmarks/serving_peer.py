@@ -1,4 +1,4 @@
-"""`mpdsgr serve` beside NVIDIA Triton: CPU a request and requests per second, for the shipped CIFAR-10 bundle.
+"""`mpdsgr serve` beside NVIDIA Triton: CPU a request and requests per second, for the bundle `digits`.
 
     python benchmarks/serving_peer.py      writes benchmarks/results/serving_peer.json and the table of README.md
 
@@ -32,7 +32,7 @@ from mpdsgr_deploy.serving.source import choose_models
 sys.path.append(str(harness.FOLDER.parent / "tests"))
 from triton_server import PYTRITON, environment, tritonserver
 
-BUNDLE = harness.FOLDER.parent / "export" / "bundles" / "cifar10"
+BUNDLE = harness.FOLDER.parent / "export" / "bundles" / "digits"
 ENVIRONMENTS = harness.FOLDER.parent / "runs" / "triton"
 USERS, FORMS, PROCESSES = (1, 8, 32), ("binary", "JSON"), (1, 2)
 SERVERS = (*(f"mpdsgr {processes}" for processes in PROCESSES), "triton")

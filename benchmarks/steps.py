@@ -1,6 +1,6 @@
 """What each number of time steps costs, on bundles: the table in export/README.md.
 
-    python benchmarks/steps.py export/bundles/digits export/bundles/cifar10 export/bundles/cifar10-clean --root data
+    python benchmarks/steps.py export/bundles/digits export/bundles/cifar10-clean --root data
 
 The same as `mpdsgr inspect BUNDLE --steps`; the rows of bundles that are not named stay in the results file. Of a
 bundle that was trained at fewer steps, from the weights of a longer run, `--tuned` shows its own number of steps only.

@@ -1,7 +1,7 @@
 """How strong the attacks of a release are: their union against AutoAttack's standard version on the same torch network.
 
     mpdsgr train digits-reg --out runs/digits-reg
-    python benchmarks/strength.py runs/digits-reg export/bundles/cifar10 --root data --cache runs/strength
+    python benchmarks/strength.py runs/digits-reg export/bundles/digits --root data --cache runs/strength
 
 Takes training runs and bundles. What is finished is kept in the cache; networks in the results that are not measured
 again stay there, with the version of the suite they met. Both meet the same images, and the same network judges what

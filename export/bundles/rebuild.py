@@ -3,8 +3,8 @@
     python export/bundles/rebuild.py --root data            all of them; `data` holds CIFAR-10
     python export/bundles/rebuild.py export/bundles/digits
 
-Weights stay as they are, byte for byte, and the networks compute the same; what is measured again is the reference,
-with the attacks of a release (for the bundle of `mpdsgr doctor`, whose network is quick to break: of a commit).
+Weights stay as they are, byte for byte, and the networks compute the same; what is measured again is the reference, on
+as many images as before and with the attacks of the same tier.
 """
 
 import filecmp
@@ -65,7 +65,7 @@ def rebuild(bundle: Bundle, root: str | None) -> str:
             out,
             precisions=[name for name in manifest.variants if name != "fp32"],
             root=root,
-            tier="commit" if path == DOCTOR else "release",
+            tier=before.tier if before else None,
             carry_images=(path / IMAGES).exists(),
             limit=before.n if before else None,
         )
