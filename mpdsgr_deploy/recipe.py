@@ -240,8 +240,12 @@ class Recipe(Section):
 
     @property
     def method(self) -> str:
-        """The training method as tables name it: REG without a defence, else the defences, as in AT + RAT."""
-        return " + ".join(name.upper() for name in self.defence) or "REG"
+        """The training method as tables name it: REG without a defence, else the defences, as in AT + RAT.
+
+        Encodings that change the image follow, as in AT + SQE, because they protect the network as a defence does.
+        """
+        changed = [] if self.encoding.name in ("direct", "frames") else [self.encoding.name]
+        return " + ".join(name.upper() for name in [*(self.defence or ["REG"]), *changed])
 
     def portable(self) -> "Recipe":
         """Return the same recipe without what depends on the machine: data.root has its default."""

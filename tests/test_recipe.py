@@ -27,6 +27,22 @@ def test_defaults_fractions_and_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("defence", "encoding", "method"),
+    [
+        ({}, "direct", "REG"),
+        ({}, "frames", "REG"),
+        ({"at": {}, "sr": {}}, "direct", "AT + SR"),
+        ({}, "poisson", "REG + POISSON"),
+        ({"at": {}}, "sqe", "AT + SQE"),
+    ],
+)
+def test_a_method_is_named_by_its_defences_and_by_an_encoding_that_changes_images(
+    defence: dict[str, object], encoding: str, method: str
+) -> None:
+    assert Recipe.model_validate({"defence": defence, "encoding": {"name": encoding}}).method == method
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("[neuron]\ntua = 0.5", ["unknown key 'neuron.tua'", "tau", "v_threshold"]),
