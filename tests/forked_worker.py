@@ -20,7 +20,7 @@ def hand_over(address: str, code: str) -> None:
         socket.send_fds(connection, [b"\n"], [0, 1, 2])
         job = {"code": code, "cwd": os.getcwd(), "environment": dict(os.environ)}
         connection.sendall((json.dumps(job) + "\n").encode())
-        connection.recv(1)  # nothing, once the fork has ended
+        connection.recv(1)  # once the fork has ended
 
 
 def collect(arguments: list[str]) -> None:

@@ -187,51 +187,48 @@ def leave(status: object) -> None:
 
 
 def answer(connection: socket.socket) -> None:
-    """In a forked child: have another one run the command, which may be killed, and send its exit code.
-
-    Where the job names a limit of open files, the other one's process id is sent first.
-    """
+    """In a forked child: run the command. Where its job names a limit of open files, send this process's id first."""
     job = json.loads(connection.makefile().readline())
-    open_files = job.pop("open_files", None)
-    child = os.fork()
-    if child == 0:
-        redirect(job.pop("output"))
-        if open_files:
-            resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
-            connection.sendall(f"{os.getpid()}\n".encode())
-        connection.close()
-        try:
-            run(**job)
-        except SystemExit as end:
-            leave(end.code)
-        leave(None)
-    _, status = os.waitpid(child, 0)
-    connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
-
-
-def reap(*_: object, options: int = os.WNOHANG) -> None:
-    """Wait for the children that have ended, so that their time is counted as this process's."""
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, options) != (0, 0):
-            pass
+    redirect(job.pop("output"))
+    if open_files := job.pop("open_files", None):
+        resource.setrlimit(resource.RLIMIT_NOFILE, open_files)
+        connection.sendall(f"{os.getpid()}\n".encode())
+    connection.close()
+    run(**job)
 
 
 def serve(listener: socket.socket, answer: Callable[[socket.socket], None]) -> None:
-    """Fork a child for each that connects, until stdin is closed."""
+    """Fork a child for each that connects, which gets its exit code, until stdin is closed."""
+    children: dict[int, tuple[int, socket.socket]] = {}  # by descriptor: process ids, and who waits for them
     gc.freeze()  # a collection in a child would copy every page that holds an object
-    signal.signal(signal.SIGCHLD, reap)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a keyboard interrupt ends the first process, and so this one
-    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-        connection, _ = listener.accept()
-        with connection:
-            if os.fork() == 0:
-                listener.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while sys.stdin not in (ready := select.select([listener, sys.stdin, *children], [], [])[0]):
+        for descriptor in children.keys() & ready:
+            report(descriptor, *children.pop(descriptor))
+        if listener in ready:
+            connection, _ = listener.accept()
+            child = os.fork()
+            if child == 0:
+                for opened in (listener, *(other for _, other in children.values())):
+                    opened.close()
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                answer(connection)
+                try:
+                    answer(connection)
+                except SystemExit as end:
+                    leave(end.code)
                 leave(None)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    reap(options=0)
+            children[os.pidfd_open(child)] = child, connection
+    with suppress(ChildProcessError):
+        while os.wait():  # so that their time is counted as this process's
+            pass
+
+
+def report(descriptor: int, child: int, connection: socket.socket) -> None:
+    """Send the exit code of a child that has ended, unless nobody waits for it any more."""
+    os.close(descriptor)
+    _, status = os.waitpid(child, 0)
+    with connection, suppress(BrokenPipeError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def main(descriptors: dict[str, int], tests: list[str]) -> None:
