@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from exporting_once import to_graph
 from scipy.stats import binom
 
 from mpdsgr_deploy.exporting.precision import PRECISIONS
@@ -66,7 +67,10 @@ def test_the_page_quotes_the_files(benchmark: object) -> None:
     assert result["provenance"]["revision"]
 
 
-def test_precisions_of_a_small_network_are_compared_with_float32(run_dir: Path) -> None:
+def test_precisions_of_a_small_network_are_compared_with_float32(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "to_graph", to_graph)
     found = agreement.measure(run_dir, "data", images=60, attacked=20)
     rows = {(row["images"], row["precision"]): row for row in found["rows"]}
     assert list(rows) == [(images, p) for images in ("clean", "attacked") for p in PRECISIONS]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from exporting_once import to_graph
 from linear_model import EPS, linear
 
 from mpdsgr_deploy.attacks import apgd
@@ -45,7 +46,10 @@ def attack(path: Path, out: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
-def test_each_attempt_meets_what_the_one_before_left(run_dir: Path, tmp_path: Path, small: list) -> None:
+def test_each_attempt_meets_what_the_one_before_left(
+    run_dir: Path, tmp_path: Path, small: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(research, "to_graph", to_graph)
     lines = attack(run_dir, tmp_path / "lines.jsonl")
     assert [line["attempt"] for line in lines] == [attempt._asdict() for attempt in small]
     for line, following in pairwise(lines):
