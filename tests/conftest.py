@@ -59,7 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers inherit the variables that say where the zygotes listen."""
     if config.getoption("numprocesses", None):
         start(SERVERS)
-        start(*([ADDRESS] if HAS_TORCH else []), WORKERS, tests=config.args)
+        filters = [f"-W{rule}" for rule in config.getoption("pythonwarnings") or []]
+        start(*([ADDRESS] if HAS_TORCH else []), WORKERS, tests=[*filters, *config.args])
 
 
 @pytest.hookimpl(optionalhook=True)
