@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import forked_worker
+import numpy as np
 import pytest
 import quick_tiers
 from click.testing import CliRunner
@@ -25,6 +26,7 @@ from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.damage import cover_up, damage
 from mpdsgr_deploy.damage import seal_again as resealed
+from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.recipe import Recipe
 
 quick_tiers.use()
@@ -220,6 +222,12 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(run_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Its bundle, in float32."""
     return open_bundle(once(tmp_path_factory, "bundle", lambda out: exported(run_dir, out)))
+
+
+@pytest.fixture(scope="session")
+def images(bundle: Bundle) -> np.ndarray:
+    """The first 40 test images of the bundle's data, float32 [40, 1, 8, 8] in [0, 1]."""
+    return load_test(bundle.manifest.recipe.data)[:40].unit()
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ def _check_freed(file: Path, classifier: Classifier, x: NDArray[np.float32], log
 
 
 def same_kind(file: Path, other: Classifier, main: Classifier) -> Classifier:
+    """Return `other`, the classifier of `file`. Raises InputError unless its images and classes are those of `main`."""
     if (other.shape, other.classes) != (main.shape, main.classes):
         raise InputError(
             f"{file} maps {other.shape} to {other.classes} logits, but the network maps {main.shape} to "
