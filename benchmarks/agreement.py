@@ -19,6 +19,7 @@ import harness
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdsgr_deploy.bundle import model_file
 from mpdsgr_deploy.checkpoint import find_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.exporting.onnx_writer import save, to_graph
@@ -60,7 +61,7 @@ def measure(run: Path, root: str, images: int, attacked: int) -> dict[str, Any]:
     labels: dict[str, dict[str, NDArray[np.int64]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in PRECISIONS:
-            path = Path(folder) / f"model.{precision}.onnx"
+            path = Path(folder) / model_file(precision)
             save(convert(graph, plan(graph, precision)), path)
             backend = OnnxRuntime if precision == "fp16" else OpenVino
             with backend(path, noise=network.noise) as predictor:
