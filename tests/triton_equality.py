@@ -23,7 +23,7 @@ T, B, C, H, W = 3, 3, 3, 13, 15  # 585 members of a channel and 1,755 elements: 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SHAPES = {"contiguous": (B, C, H, W), "channels-last": (B, C, H, W), "flat": (B, C)}
 CASES = [  # every pair of an order, a mode and a current that is held or not
-    (order, (i + j) % 2 == 1, mode, i % 2 == 0, torch.float32 if j % 2 else None)
+    (order, (i + j) % 2 == 1, mode, i % 2 == 0)
     for (i, order), (j, mode) in itertools.product(enumerate(SHAPES), enumerate(("train", "eval", "none")))
 ]
 
@@ -136,12 +136,12 @@ def moments_of(u: Tensor, spikes: Tensor, how: LIFConstants) -> list[Tensor]:
 
 
 def run_norm(
-    kernels: bool, x: Tensor, norm: TdBN | None, how: LIFConstants, keep: torch.dtype | None
+    kernels: bool, x: Tensor, norm: TdBN | None, how: LIFConstants
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """Spikes, moments, and what a loss of all of them sends to x and the parameters; plainly in float64."""
     x = x.clone().requires_grad_()
     if kernels:
-        spikes, _, found = norm_lif(x, norm, how, keep=keep, moments=True)
+        spikes, _, found = norm_lif(x, norm, how, observed=True)
         moments = list(found)
     else:
         norm = norm and norm.double()
@@ -168,12 +168,12 @@ def trained(training: bool, channels: int = C) -> TdBN:
     return norm.train(training)
 
 
-@pytest.mark.parametrize(("order", "held", "mode", "hard", "keep"), CASES)
-def test_tdbn_and_moments(order: str, held: bool, mode: str, hard: bool, keep: torch.dtype | None) -> None:
+@pytest.mark.parametrize(("order", "held", "mode", "hard"), CASES)
+def test_tdbn_and_moments(order: str, held: bool, mode: str, hard: bool) -> None:
     how = LIFConstants(T, 0.5, 0.75, hard, make_surrogate("triangle"))
     x = drawn(1 if held else T, *SHAPES[order], seed=0, order=order) * 1.5 + 0.3
     norms = [None if mode == "none" else trained(mode == "train") for _ in range(2)]
-    plain, fused = (run_norm(kernels, x, norms[kernels], how, keep) for kernels in (False, True))
+    plain, fused = (run_norm(kernels, x, norms[kernels], how) for kernels in (False, True))
     assert torch.equal(plain[0], fused[0])  # no potential of these lies within rounding of the threshold
     for expected, found in zip(plain[1], fused[1], strict=True):
         close(found, expected, rtol=2e-6)
@@ -186,36 +186,10 @@ def test_tdbn_and_moments(order: str, held: bool, mode: str, hard: bool, keep: t
         close(norms[1].running_var, norms[0].running_var.float())
 
 
-def test_potentials_kept_in_half_precision() -> None:
-    how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
-    x = drawn(T, B, C, H, W, seed=0)
-    spikes, _, gradients = run_norm(True, x, trained(True), how, torch.float32)
-    for keep in (torch.bfloat16, torch.float16):
-        rounded = run_norm(True, x, trained(True), how, keep)
-        assert torch.equal(spikes, rounded[0])
-        for name, expected in gradients.items():
-            close(rounded[2][name], expected, rtol=torch.finfo(keep).eps)
-
-
-@pytest.mark.parametrize("keep", [torch.bfloat16, torch.float16])
-def test_a_rounded_potential_stays_on_its_side_of_the_threshold(keep: torch.dtype) -> None:
-    """The gradient of what fired and was reset is not that of what did not, though 2^-25 lies between the two."""
-    how = LIFConstants(2, 0.5, 0.375, True, make_surrogate("rectangular"))
-    below = torch.nextafter(torch.tensor(0.375), torch.tensor(0.0)).item()
-    gradients = []
-    for kept in (torch.float32, keep):
-        x = torch.tensor([below, 0.375], device=DEVICE).repeat(2, 1, 1).requires_grad_()
-        spikes = norm_lif(x, None, how, keep=kept).spikes
-        assert spikes[0].flatten().tolist() == [0, 1]
-        spikes[1].sum().backward()
-        gradients.append(x.grad)
-    close(gradients[1], gradients[0], rtol=1e-6)
-
-
 def test_bfloat16_input_of_tdbn_has_a_float32_membrane() -> None:
     how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("sigmoid"))
     x = drawn(T, B, C, H, W, seed=0, order="channels-last", dtype=torch.bfloat16)
-    plain, fused = (run_norm(kernels, x, trained(True), how, None) for kernels in (False, True))
+    plain, fused = (run_norm(kernels, x, trained(True), how) for kernels in (False, True))
     assert fused[0].dtype == torch.bfloat16
     assert torch.equal(plain[0], fused[0])
     for expected, found in zip(plain[1], fused[1], strict=True):
@@ -228,7 +202,7 @@ def test_bfloat16_input_of_tdbn_has_a_float32_membrane() -> None:
 def test_more_channels_than_a_program_takes(shape: tuple[int, ...], order: str) -> None:
     how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x = drawn(T, *shape, seed=0, order=order)
-    plain, fused = (run_norm(kernels, x, trained(True, 20), how, None) for kernels in (False, True))
+    plain, fused = (run_norm(kernels, x, trained(True, 20), how) for kernels in (False, True))
     assert torch.equal(plain[0], fused[0])
     for expected, found in zip([*plain[1], *plain[2].values()], [*fused[1], *fused[2].values()], strict=True):
         close(found, expected, rtol=2e-6)
@@ -237,7 +211,7 @@ def test_more_channels_than_a_program_takes(shape: tuple[int, ...], order: str) 
 def test_memory_with_gaps_and_gradients_in_another_order() -> None:
     how = LIFConstants(T, 0.5, 0.75, True, make_surrogate("triangle"))
     x = drawn(T, B, C, H, 2 * W, seed=0)[..., ::2]
-    plain, fused = (run_norm(kernels, x, trained(True), how, None) for kernels in (False, True))
+    plain, fused = (run_norm(kernels, x, trained(True), how) for kernels in (False, True))
     assert torch.equal(plain[0], fused[0])
     close(fused[2]["x"], plain[2]["x"], rtol=2e-6)
     current, again = (x.clone().requires_grad_() for _ in range(2))

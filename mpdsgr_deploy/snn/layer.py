@@ -102,8 +102,7 @@ class SpikingLayer(Temporal):
         neuron = self.neuron
         steps = neuron.hold if len(received) == 1 else len(received)
         constants = neuron.constants(steps)
-        observed = observe is not None
-        spikes, u, moments = kernels.norm_lif(received, self.norm, constants, potentials=observed, moments=observed)
+        spikes, u, moments = kernels.norm_lif(received, self.norm, constants, observed=observe is not None)
         if observe is not None:
             states = [LIFState(*both) for both in zip(u, spikes, strict=True)]
             observe(Trace(self.name, self.norm, neuron, states, None, moments))

@@ -74,7 +74,7 @@ def lif_forward(
     factor,
     bias,
     spikes,  # [T, N]
-    u_saved,  # [T, N] or None: U_t, or U_t - V_th if CENTRED
+    u_saved,  # [T, N] or None: U_t
     sums,  # [P, T, C] or None, as the two below: a program's sum of U_t,
     squares,  # of the squared distance of U_t to the program's own mean,
     removed,  # and of what the reset after step t takes away
@@ -87,7 +87,6 @@ def lif_forward(
     T: tl.constexpr,
     HELD: tl.constexpr,  # S = 1: one current for all steps
     HARD: tl.constexpr,
-    CENTRED: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -116,11 +115,7 @@ def lif_forward(
         tl.store(spikes + at, fired.to(spikes.dtype.element_ty), mask=inside)
         spikes += N
         if u_saved is not None:
-            keep = u
-            if CENTRED:
-                # neurons without a spike stay below 0: float16 has no number between 0 and -2^-24
-                keep = tl.where(u < v_threshold, tl.minimum(u - v_threshold, -(2.0**-24)), u - v_threshold)
-            tl.store(u_saved + at, keep.to(u_saved.dtype.element_ty), mask=inside)
+            tl.store(u_saved + at, u.to(u_saved.dtype.element_ty), mask=inside)
             u_saved += N
         if sums is not None:
             count = tl.minimum(M - program * BLOCK_M, BLOCK_M).to(tl.float32)
@@ -134,50 +129,14 @@ def lif_forward(
 
 
 @triton.jit
-def _step_backward(
-    t, u, v, later, total, product, held,
-    x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
-    at, channel, inside, sums, tau, v_threshold, parameter, N, C,
-    HELD: tl.constexpr, HARD: tl.constexpr, DETACH: tl.constexpr, FROZEN: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Return tau_t d_t from tau_{t+1} d_{t+1} = `later`, see `multistep`, and the sums with the share of d_t added."""
-    # added to the pointer before the tile, so that it is one addition and not one per element
-    begin = tl.cast(N, tl.int64) * t
-    d = tl.zeros_like(u)
-    if grad_spikes is not None:
-        d += tl.load(grad_spikes + begin + at, mask=inside, other=0).to(tl.float32)
-    if not DETACH:
-        d -= later * (u if HARD else v_threshold)
-    d *= _derivative(v, parameter, KIND)
-    d += later * (1.0 - (v >= 0).to(tl.float32)) if HARD else later
-    if grad_u is not None:
-        d += tl.load(grad_u + begin + at, mask=inside, other=0).to(tl.float32)
-    if slope is not None:
-        row = t * C + channel
-        d += tl.load(slope + row, mask=channel < C, other=0) * u
-        d += tl.load(constant + row, mask=channel < C, other=0)
-    if sums is not None:
-        read = tl.load((x if HELD else x + begin) + at, mask=inside, other=0).to(tl.float32)
-        total += d
-        product += d * ((read - mean) * deviation)
-    if HELD:
-        held += d
-    else:
-        out = d * factor if FROZEN else d
-        tl.store(to_x + begin + at, out.to(to_x.dtype.element_ty), mask=inside)
-    return tau * d, total, product, held
-
-
-@triton.jit
 def lif_backward(
     x,  # as in lif_forward; None where nothing needs it
     u_first,
     spikes_first,
     mean,
     factor,
-    bias,
     deviation,  # [C]: 1 / sqrt(variance + eps)
-    u_saved,  # None: the potentials are computed again and kept in registers
+    u_saved,
     grad_u,  # [T, N] or None, as grad_spikes: gradients of the loss in potentials and spikes
     grad_spikes,
     slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
@@ -198,10 +157,8 @@ def lif_backward(
     HELD: tl.constexpr,
     HARD: tl.constexpr,
     DETACH: tl.constexpr,  # no gradient passes through the spikes that reset
-    CENTRED: tl.constexpr,
     FROZEN: tl.constexpr,  # mean and deviation are constants
     KIND: tl.constexpr,
-    DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -212,43 +169,41 @@ def lif_backward(
     channel = column[None, :]
     inside = (member < M) & (channel < C)
     at = (member // D * C + channel) * D + member % D
-    NORM: tl.constexpr = mean is not None
-    if NORM:
+    if mean is not None:
         mean = tl.load(mean + channel, mask=channel < C, other=0)
         factor = tl.load(factor + channel, mask=channel < C, other=0)
-        bias = tl.load(bias + channel, mask=channel < C, other=0)
         deviation = tl.load(deviation + channel, mask=channel < C, other=0)
-    u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
-    later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the next step
+    later = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)  # tau d of the next step, see `multistep`
     total, product, held = later, later, later
-    if u_saved is None:
-        u, fired = u_rest, spikes_rest
-        potentials = ()
+    for i in range(T):
+        t = T - 1 - i
+        # added to the pointer before the tile, so that it is one addition and not one per element
+        begin = tl.cast(N, tl.int64) * t
+        u = tl.load(u_saved + begin + at, mask=inside, other=0).to(tl.float32)
+        v = u - v_threshold
+        d = tl.zeros_like(u)
+        if grad_spikes is not None:
+            d += tl.load(grad_spikes + begin + at, mask=inside, other=0).to(tl.float32)
+        if not DETACH:
+            d -= later * (u if HARD else v_threshold)
+        d *= _derivative(v, parameter, KIND)
+        d += later * (1.0 - (v >= 0).to(tl.float32)) if HARD else later
+        if grad_u is not None:
+            d += tl.load(grad_u + begin + at, mask=inside, other=0).to(tl.float32)
+        if slope is not None:
+            row = t * C + channel
+            d += tl.load(slope + row, mask=channel < C, other=0) * u
+            d += tl.load(constant + row, mask=channel < C, other=0)
+        if sums is not None:
+            read = tl.load((x if HELD else x + begin) + at, mask=inside, other=0).to(tl.float32)
+            total += d
+            product += d * ((read - mean) * deviation)
         if HELD:
-            current = _current(x, at, inside, mean, factor, bias, NORM)
-        for t in tl.static_range(T):
-            if not HELD:
-                current = _current(x + tl.cast(N, tl.int64) * t, at, inside, mean, factor, bias, NORM)
-            u = _step(current, u, fired, tau, v_threshold, HARD, DTYPE)
-            fired = (u >= v_threshold).to(tl.float32)
-            potentials = potentials + (u,)  # noqa: RUF005 (Triton knows no unpacking)
-        for i in tl.static_range(T):
-            later, total, product, held = _step_backward(
-                T - 1 - i, potentials[T - 1 - i], potentials[T - 1 - i] - v_threshold, later, total, product, held,
-                x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
-                at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
-            )  # fmt: skip
-    else:
-        for i in range(T):
-            t = T - 1 - i
-            u = tl.load(u_saved + tl.cast(N, tl.int64) * t + at, mask=inside, other=0).to(tl.float32)
-            v = u if CENTRED else u - v_threshold
-            u = u + v_threshold if CENTRED else u
-            later, total, product, held = _step_backward(
-                t, u, v, later, total, product, held,
-                x, mean, factor, deviation, grad_u, grad_spikes, slope, constant, to_x,
-                at, channel, inside, sums, tau, v_threshold, parameter, N, C, HELD, HARD, DETACH, FROZEN, KIND,
-            )  # fmt: skip
+            held += d
+        else:
+            out = d * factor if FROZEN else d
+            tl.store(to_x + begin + at, out.to(to_x.dtype.element_ty), mask=inside)
+        later = tau * d
     if HELD:
         out = held * factor if FROZEN else held
         tl.store(to_x + at, out.to(to_x.dtype.element_ty), mask=inside)
@@ -257,6 +212,7 @@ def lif_backward(
         tl.store(sums + place, tl.sum(tl.where(inside, total, 0.0), 0), mask=column < C)
         tl.store(products + place, tl.sum(tl.where(inside, product, 0.0), 0), mask=column < C)
     if to_u_first is not None:
+        u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
         back = later * (1.0 - spikes_rest) if HARD else later
         tl.store(to_u_first + at, back.to(to_u_first.dtype.element_ty), mask=inside)
         if not DETACH:

@@ -5,8 +5,8 @@
     moments   E[U_t], Var[U_t] and the mean change by the reset, E[U_t O_t] or V_th E[O_t], per step and channel
 
 `triton_lif` gives the same bits as `multistep_lif`: it computes in the precision of the current and writes potentials.
-`norm_lif` is for layers whose potentials are not read: it never writes the normalised current, and potentials only on
-request. The backward kernel computes the gradient d in I and, per channel, sum d and sum d x^ with
+`norm_lif` is for whole layers: it never writes the normalised current, and potentials only for an observer or a
+backward pass. The backward kernel computes the gradient d in I and, per channel, sum d and sum d x^ with
 x^ = (x - mean) / sqrt(var + eps). A second, elementwise kernel computes tdBN's gradient from them,
 
     dx = lambda alpha V_th / sqrt(var + eps) (d - E[d] - x^ E[d x^]).
@@ -41,7 +41,7 @@ def takes(x: Tensor, tau: float | Tensor, surrogate: Surrogate) -> bool:
 
 
 class NormLIF(NamedTuple):
-    """Spikes [T, B, C, ...] in the type of x and, if requested, potentials (float32) and their moments."""
+    """Spikes [T, B, C, ...] in the type of x and, for observed neurons, potentials (float32) and their moments."""
 
     spikes: Tensor
     u: Tensor | None
@@ -54,28 +54,17 @@ def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: 
     state: potential and spikes [B, ...] before the first step, None at rest.
     """
     before = (None, None) if state is None else state
-    task = _Task(constants, rounded=True, potentials=True, keep=current.dtype, moments=False, frozen=False)
+    task = _Task(constants, rounded=True, potentials=True, moments=False, frozen=False)
     spikes, u, *_ = _Lif.apply(current, *before, None, None, None, None, task)
     return u, spikes
 
 
-def norm_lif(
-    x: Tensor,
-    norm: TdBN | None,
-    constants: LIFConstants,
-    *,
-    potentials: bool = False,
-    moments: bool = False,
-    keep: torch.dtype | None = torch.float32,
-) -> NormLIF:
+def norm_lif(x: Tensor, norm: TdBN | None, constants: LIFConstants, *, observed: bool = False) -> NormLIF:
     """Run neurons, at rest before the first step, on the output of tdBN, in float32 for any type of x.
 
     x: [T, B, C, ...], or [1, B, C, ...] for an input that does not change. norm: None if x is the current itself. In
         train mode it normalises by the statistics of x and updates its running statistics.
-    potentials, moments: whether to return the potentials and their moments.
-    keep: the type in which potentials are stored for the backward pass, unless they are an output. float32: exactly;
-        bfloat16 or float16: U - V_th, rounded such that spikes do not change; None: not at all, they are recomputed
-        from x in registers, which is as exact as float32 and meant for T up to 16.
+    observed: whether to return the potentials and their moments.
     """
     scale = bias = mean = deviation = None
     x = x if is_dense(x) else x.contiguous()
@@ -88,17 +77,15 @@ def norm_lif(
             deviation = (variance + norm.eps).rsqrt()
             mean = mean.clone()  # the running mean may change before the backward pass
     frozen = norm is not None and not norm.training
-    keep = torch.float32 if potentials else keep
-    task = _Task(constants, rounded=False, potentials=potentials, keep=keep, moments=moments, frozen=frozen)
-    spikes, u, *moments_of_u = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
-    return NormLIF(spikes, u, StepMoments(*moments_of_u) if moments else None)
+    task = _Task(constants, rounded=False, potentials=observed, moments=observed, frozen=frozen)
+    spikes, u, *moments = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
+    return NormLIF(spikes, u, StepMoments(*moments) if observed else None)
 
 
 class _Task(NamedTuple):
     constants: LIFConstants
     rounded: bool  # whether every step is rounded to the type of x, as torch does
     potentials: bool  # whether the membrane potentials are an output
-    keep: torch.dtype | None  # type in which potentials are stored for the backward pass; None: not stored
     moments: bool
     frozen: bool  # whether the statistics of tdBN are constants
 
@@ -118,7 +105,7 @@ class _Tiles(NamedTuple):
         """The constants of a launch, with four elements per thread, which are one load of 16 bytes.
 
         Compiled for sm_90, a thread then needs 32 registers, 48 in channels-last, so that most of a multiprocessor's 64
-        warps fit; it needs 72 and 86 if T = 8 potentials are recomputed.
+        warps fit.
         """
         return {"BLOCK_M": self.block_m, "BLOCK_C": self.block_c, "num_warps": self.block_m * self.block_c // 128}
 
@@ -164,30 +151,22 @@ class _Lif(torch.autograd.Function):
         if u_first is not None and spikes_first is not None:
             u_first, spikes_first = strided_as(u_first, stride[1:]), strided_as(spikes_first, stride[1:])
         spikes = x.new_empty_strided(shape, stride)
-        stored = task.keep is not None and (task.potentials or any(ctx.needs_input_grad))
-        u_saved = torch.empty_like(spikes, dtype=task.keep) if stored else None
-        centred = stored and not task.potentials and task.keep != torch.float32
+        dtype = x.dtype if task.rounded else torch.float32
+        stored = task.potentials or any(ctx.needs_input_grad)
+        u_saved = torch.empty_like(spikes, dtype=dtype) if stored else None
         factor = None if scale is None or deviation is None else scale * deviation
         grid = cut.grid()
         partial = x.new_empty((3, grid[0], T, cut.C), dtype=torch.float32) if task.moments else None
-        shared = {
-            "T": T,
-            "HELD": len(x) < T,
-            "HARD": constants.hard,
-            "CENTRED": centred,
-            "DTYPE": _TYPES[x.dtype if task.rounded else torch.float32],
-            **cut.constants,
-        }
+        shared = {"T": T, "HELD": len(x) < T, "HARD": constants.hard, **cut.constants}
         inputs = (x, u_first, spikes_first, mean, factor, bias)
-        numbers = (float(constants.tau), float(constants.v_threshold))
-        _launch(
-            kernels.lif_forward, x, grid, *inputs, spikes, u_saved, *_each(partial, 3), *numbers, *cut[:4], **shared
-        )
+        outputs = (spikes, u_saved, *_each(partial, 3))
+        numbers = (float(constants.tau), float(constants.v_threshold), *cut[:4])
+        _launch(kernels.lif_forward, x, grid, *inputs, *outputs, *numbers, DTYPE=_TYPES[dtype], **shared)
         moments = (None, None, None) if partial is None else _merged(partial, cut)
         statistics = scale is not None and not task.frozen
         # the sums of tdBN's backward pass: for the gradient in x under its own statistics, or in lambda and beta
         ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x if ctx.sums or u_saved is None else None, *inputs[1:], deviation, u_saved, moments[0])
+        ctx.save_for_backward(x if ctx.sums else None, *inputs[1:5], deviation, u_saved, moments[0])
         ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
         ctx.x = x.to("meta")  # keeps its type, shape and memory layout without its data
         ctx.set_materialize_grads(False)
@@ -200,7 +179,7 @@ class _Lif(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
             return (None,) * 8
-        x, u_first, spikes_first, mean, factor, bias, deviation, u_saved, mean_u = ctx.saved_tensors
+        x, u_first, spikes_first, mean, factor, deviation, u_saved, mean_u = ctx.saved_tensors
         cut, constants = ctx.cut, ctx.task.constants
         device = next(grad for grad in grads if grad is not None).device
         to_x = torch.empty_like(ctx.x, device=device)
@@ -218,7 +197,7 @@ class _Lif(torch.autograd.Function):
             kernels.lif_backward,
             to_x,
             grid,
-            *(x, u_first, spikes_first, mean, factor, bias, deviation, u_saved, *received, slope, constant),
+            *(x, u_first, spikes_first, mean, factor, deviation, u_saved, *received, slope, constant),
             *(to_x, to_u, to_spikes, *_each(sums, 2)),
             *(float(constants.tau), float(constants.v_threshold), float(constants.surrogate.parameter), *cut[:4]),
             **ctx.shared,
