@@ -7,7 +7,7 @@ from linear_model import EPS, Linear, linear
 
 from mpdsgr_deploy.attacks import apgd, hart, pgd, sa_pgd, square
 from mpdsgr_deploy.attacks.apgd import checkpoints
-from mpdsgr_deploy.attacks.counting import GradientCounts
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.protocols import Array, Gradient
 
 ATTACKS = {
@@ -77,7 +77,7 @@ def test_apgd_halves_the_step_size_until_it_meets_a_narrow_peak() -> None:
 
 def test_an_image_costs_gradients_only_until_it_is_broken() -> None:
     target, x, y = linear()
-    counted = {name: GradientCounts().of(target) for name in ("apgd", "sa-pgd")}
+    counted = {name: CountedGradients(target, GradientCounts()) for name in ("apgd", "sa-pgd")}
     right = (y + 1) % 2  # every image is "broken" before the first step
     for name, target in counted.items():
         ATTACKS[name](target, x, right)
@@ -98,7 +98,7 @@ def test_restarts_reach_what_one_start_misses_and_leave_the_broken_alone() -> No
     for keep in ("last", "broken"):
         left, cost = [], []
         for restarts in (1, 2, 4):
-            target, rng = GradientCounts().of(hills), np.random.default_rng(0)
+            target, rng = CountedGradients(hills, GradientCounts()), np.random.default_rng(0)
             found = pgd(
                 target, x, y, eps=EPS, step=EPS / 4, steps=8, keep=keep, restarts=restarts,
                 draw=lambda shape, rng=rng: rng.uniform(-1, 1, shape).astype(np.float32),

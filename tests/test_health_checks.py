@@ -8,7 +8,7 @@ from scipy.stats import binomtest
 
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.conditions import FGSM
-from mpdsgr_deploy.attacks.counting import GradientCounts
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.suite_measurement import budget_faults, rounded_to_bytes
 from mpdsgr_deploy.attacks.tiers import BY_STRENGTH
 from mpdsgr_deploy.bundle import Bundle
@@ -130,7 +130,7 @@ class Planted:
 def test_check_7_flags_gradients_that_vanish_or_explode(zero: int, bad: int, passed: bool) -> None:
     assert not attack_checks.check_gradients((0, 0, 0)).passed  # nothing asked
     counts = GradientCounts()
-    counter = counts.of(Planted(zero, bad))
+    counter = CountedGradients(Planted(zero, bad), counts)
     x = np.zeros((100, 1, 2, 2), np.float32)
     assert np.array_equal(counter(x, np.zeros(100)).logits, np.zeros((100, 2)))
     assert attack_checks.check_gradients(astuple(counts)).passed is passed

@@ -7,10 +7,9 @@ standard version, maximises the targeted DLR for one wrong class after the other
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 from array_api_compat import array_namespace, device
 
-from mpdsgr_deploy.attacks.pgd import Draw, begin, project, still_right, wide
+from mpdsgr_deploy.attacks.pgd import Draw, begin, fixed, project, still_right, wide
 from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT, Aimed, Classes, Floats, try_each_class
 from mpdsgr_deploy.protocols import Array, Differentiable, Predictor
 
@@ -170,8 +169,6 @@ def apgd_t(
     offsets = iter([None if draw is None else draw(x.shape) for _ in range(aims)])
 
     def attempt(chosen: Floats, pairs: Classes, places: Classes) -> Floats:
-        offset = next(offsets)
-        start: Draw | None = None if offset is None else lambda shape: offset[places]
-        return np.asarray(apgd(target, chosen, pairs, eps=eps, steps=steps, draw=start, keep=keep))
+        return apgd(target, chosen, pairs, eps=eps, steps=steps, draw=fixed(next(offsets), places), keep=keep)
 
     return try_each_class(network, x, y, attempt, classes)

@@ -21,7 +21,7 @@ from mpdsgr_deploy.attacks.condition import (
     starts,
 )
 from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
-from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
+from mpdsgr_deploy.attacks.pgd import Draw, Keep, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
@@ -56,7 +56,7 @@ class GradientAttack(Condition):
 
     def counted(self, target: Any, counts: GradientCounts) -> Any:
         """Return what `target` returned, with the gradients in it counted."""
-        return counts.of(target)
+        return CountedGradients(target, counts)
 
     @abstractmethod
     def climb(self, target: Any, batch: Batch, draw: Draw) -> Floats:
@@ -84,7 +84,7 @@ class FGSM(GradientAttack):
         return self.draws
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        return np.asarray(fgsm(target, batch.x, batch.y, eps=self.bound))
+        return fgsm(target, batch.x, batch.y, eps=self.bound)
 
 
 @register
@@ -111,10 +111,8 @@ class PaperPGD(GradientAttack):
         return self.steps * self.draws
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        eps, step, steps = self.bound, self.step, self.steps
-        if not self.random_start:
-            return np.asarray(bim(target, batch.x, batch.y, eps=eps, step=step, steps=steps))
-        return np.asarray(pgd(target, batch.x, batch.y, eps=eps, step=step, steps=steps, draw=draw))
+        start = draw if self.random_start else None
+        return pgd(target, batch.x, batch.y, eps=self.bound, step=self.step, steps=self.steps, draw=start)
 
 
 @register
@@ -143,7 +141,7 @@ class StrongPGD(GradientAttack):
         return f"eps {self.eps:.4g}, {self.steps} steps of eps/4, {start_text}, {KEPT[self.keep]}, {self.through}"
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        adversarial = pgd(
+        return pgd(
             target,
             batch.x,
             batch.y,
@@ -154,7 +152,6 @@ class StrongPGD(GradientAttack):
             keep=self.keep,
             restarts=self.restarts,
         )
-        return np.asarray(adversarial)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +201,7 @@ class AutoPGD(GradientAttack):
         return f"eps {self.eps:.4g}, {self.steps} steps of adaptive size on the {loss} loss, {self.through}"
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        steps, keep = self.steps, self.kept
-        return np.asarray(apgd(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))
+        return apgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=self.kept)
 
 
 @register
@@ -239,8 +235,7 @@ class AdaptivePGD(GradientAttack):
         return Attacked(np.concatenate([part.images for part in parts]), *counts)
 
     def climb(self, target: CountedGradients, batch: Batch, draw: Draw) -> Floats:
-        steps, keep = self.steps, self.kept
-        return np.asarray(sa_pgd(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))
+        return sa_pgd(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=self.kept)
 
 
 @register
@@ -270,4 +265,4 @@ class CarliniWagner(GradientAttack):
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
         nearest = cw_l2(target, batch.x, batch.y, steps=self.steps, searches=self.searches)
         within = np.sqrt(((nearest - batch.x) ** 2).sum((1, 2, 3), keepdims=True)) <= self.radius
-        return np.asarray(np.where(within, nearest, batch.x))
+        return np.where(within, nearest, batch.x)

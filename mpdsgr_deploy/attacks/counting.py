@@ -19,10 +19,6 @@ class GradientCounts:
     zero: int = 0
     not_finite: int = 0
 
-    def of(self, target: Any) -> "CountedGradients":
-        """Return a Differentiable or Adaptive whose gradients are counted here."""
-        return CountedGradients(target, self)
-
     def add(self, answer: Gradient) -> None:
         per_image = np.asarray(answer.gradient).reshape(len(answer.gradient), -1)
         self.samples += len(per_image)

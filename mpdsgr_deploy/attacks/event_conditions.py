@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mpdsgr_deploy.attacks.condition import Attacked, Batch, Condition, Floats, Generators, Kind, Network, register
-from mpdsgr_deploy.attacks.counting import GradientCounts
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.event_search import Counts, Edit, EventSearch, can_gain, can_lose, counts_of, search_events
 from mpdsgr_deploy.data.events import COUNT_CAP
 from mpdsgr_deploy.errors import InputError
@@ -79,7 +79,7 @@ class EventAttack(Condition):
 
     def attack(self, target: Target, batch: Batch, generators: Generators) -> Attacked:
         network, counts = _CountedQueries(target[0]), GradientCounts()
-        ways = [counts.of(way) for way in target[1]]
+        ways = [CountedGradients(way, counts) for way in target[1]]
         gradient_search = GRADIENT_SEARCH._replace(rounds=self.steps)
         images, active = batch.x.copy(), np.arange(len(batch.y))
         searches = [*((way, gradient_search) for way in ways), *((ways[0], search) for search in self.asking)]

@@ -15,14 +15,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.attacks.apgd import apgd
 from mpdsgr_deploy.attacks.condition import Batch, Floats, Network, register
 from mpdsgr_deploy.attacks.conditions import GradientAttack
 from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
-from mpdsgr_deploy.attacks.pgd import Draw, wide
+from mpdsgr_deploy.attacks.pgd import Draw, fixed, wide
 from mpdsgr_deploy.protocols import Array, Differentiable
 from mpdsgr_deploy.recipe import Attack
 from mpdsgr_deploy.surrogates import AVERAGED
@@ -52,8 +51,7 @@ def hart(
     for target, offset in zip(targets, offsets, strict=True):
         if not active.shape[0]:
             break
-        own = None if offset is None else offset[active]
-        start = None if own is None else lambda shape, own=own: own
+        start = fixed(offset, active)
         attempt = apgd(target, x[active], y[active], eps=eps, steps=steps, draw=start, keep=keep)
         logits, loss, _ = target(attempt, y[active])
         standing, higher = xp.argmax(logits, axis=1) == y[active], loss > largest[active]
@@ -98,8 +96,7 @@ class HART(GradientAttack):
             yield [stack.enter_context(network.attacker(name, loss=self.loss, draws=self.draws)) for name in names]
 
     def counted(self, target: Sequence[Differentiable], counts: GradientCounts) -> list[CountedGradients]:
-        return [counts.of(one) for one in target]
+        return [CountedGradients(one, counts) for one in target]
 
     def climb(self, target: Sequence[CountedGradients], batch: Batch, draw: Draw) -> Floats:
-        steps, keep = self.steps, self.kept
-        return np.asarray(hart(target, batch.x, batch.y, eps=self.bound, steps=steps, draw=draw, keep=keep))
+        return hart(target, batch.x, batch.y, eps=self.bound, steps=self.steps, draw=draw, keep=self.kept)

@@ -13,17 +13,24 @@ aimed at. Short rounds come first. How much they lower an image's margin predict
 promising images get the long rounds, which cost most of the gradients. See benchmarks/MPD_APGD.md.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from array_api_compat import array_namespace, device
 
 from mpdsgr_deploy.attacks.apgd import apgd
-from mpdsgr_deploy.attacks.pgd import Draw, wide
+from mpdsgr_deploy.attacks.condition import Batch, Floats, Kind, Network, register
+from mpdsgr_deploy.attacks.conditions import GradientAttack
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
+from mpdsgr_deploy.attacks.pgd import Draw, fixed, wide
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.attacks.targets import likeliest_wrong
 from mpdsgr_deploy.protocols import Array, Differentiable, Gradient, State
+from mpdsgr_deploy.recipe import Attack
 
+HEAVY_TAILED = "superspike"  # 1 / (1 + k |U - V_th|)^2
 FIRST_STEP = 0.5  # first step size of APGD, in units of eps
 
 
@@ -66,6 +73,7 @@ SCHEDULE: Schedule = (
     Round("apgd", Through(20), 9, near=0.04, aim=0),
     Round("apgd", Through(20), 9, near=0.04, aim=1),
 )
+TRANSFERRED: Schedule = (*QUICK, Round("apgd", Through(20), 1, near=0.25, aim=1))
 
 
 def mpd_apgd(
@@ -102,7 +110,7 @@ def mpd_apgd(
         if not active.shape[0]:
             break
         aims = None if turn.aim is None else wrong[active, min(turn.aim, wrong.shape[1] - 1)]
-        start = None if offset is None else _constant(offset[active])
+        start = fixed(offset, active)
         attempt = _climb(xp, turn, targets[turn.through], x[active], y[active], aims, eps, steps, start, keep)
         logits, _, _ = targets[turn.through](attempt, y[active])
         margin = _margin(xp, logits, y[active])
@@ -170,6 +178,75 @@ class Still:
         return self._target(x, y), state
 
 
-def _constant(offsets: Array) -> Draw:
-    """Return a draw that yields these offsets in [-1, 1]."""
-    return lambda shape: offsets
+@register
+@dataclass(frozen=True, kw_only=True)
+class MPDAutoPGD(GradientAttack):
+    """`mpd_apgd` with a schedule: rounds of adaptive steps on images that are still classified correctly."""
+
+    method: ClassVar[str] = "mpd-apgd"
+
+    steps: int = 100
+    schedule: Schedule = SCHEDULE
+
+    @classmethod
+    def recipe_values(cls, attack: Attack) -> dict[str, Any]:
+        return {"eps": attack.eps, "surrogate": HEAVY_TAILED}
+
+    @property
+    def settings(self) -> str:
+        lengths = ", ".join(str(turn.length * self.steps) for turn in self.schedule)
+        names = ", ".join(f"{k:g}" for k in sorted({turn.through.sharpness for turn in self.schedule}))
+        losses = " and ".join(sorted({turn.through.loss.upper() for turn in self.schedule}))
+        return (
+            f"MPD-APGD, eps {self.eps:.4g}, rounds of {lengths} adaptive steps on the {losses} losses through "
+            f"{self.surrogate} of sharpness {names}, the later ones on images that came near the boundary"
+        )
+
+    @property
+    def cost(self) -> int:
+        return gradients(self.steps, self.schedule) * self.draws
+
+    @contextmanager
+    def target(self, network: Network) -> Iterator[Mapping[Through, Differentiable]]:
+        with ExitStack() as stack:
+            yield {
+                way: stack.enter_context(
+                    network.attacker(f"{self.surrogate}:{way.sharpness:g}", loss=way.loss, draws=self.draws)
+                )
+                for way in dict.fromkeys(turn.through for turn in self.schedule)
+            }
+
+    def counted(
+        self, target: Mapping[Through, Differentiable], counts: GradientCounts
+    ) -> dict[Through, CountedGradients]:
+        return {way: CountedGradients(one, counts) for way, one in target.items()}
+
+    def climb(self, target: Mapping[Through, CountedGradients], batch: Batch, draw: Draw) -> Floats:
+        return mpd_apgd(
+            target,
+            batch.x,
+            batch.y,
+            eps=self.bound,
+            steps=self.steps,
+            schedule=self.schedule,
+            draw=draw,
+            keep=self.kept,
+        )
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class StrongTransfer(MPDAutoPGD):
+    """MPD-APGD on another network, chosen by the caller, whose attacked images are tested on the one under evaluation.
+
+    A network of the caller's own reveals robustness that is only apparent because gradients of this one mislead.
+    """
+
+    method: ClassVar[str] = "transfer-strong"
+    kind: ClassVar[Kind] = "transfer"
+
+    schedule: Schedule = TRANSFERRED
+
+    @property
+    def settings(self) -> str:
+        return f"{super().settings}, on the other network"

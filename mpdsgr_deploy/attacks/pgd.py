@@ -81,6 +81,14 @@ def begin(x: Array, eps: float, draw: Draw | None) -> Array:
     return x if draw is None else project(x + eps * draw(x.shape), x, eps)
 
 
+def fixed(offsets: Array | None, rows: Array) -> Draw | None:
+    """Return a draw that yields the `rows` of offsets in [-1, 1] drawn before; None without any."""
+    if offsets is None:
+        return None
+    chosen = offsets[rows]
+    return lambda shape: chosen
+
+
 def wide(per_image: Array) -> Array:
     """Reshape [B] to [B, 1, 1, 1]."""
     return per_image[:, None, None, None]

@@ -5,12 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mpdsgr_deploy.attacks.apgd import apgd_t
 from mpdsgr_deploy.attacks.condition import Batch, Floats, Network, register
 from mpdsgr_deploy.attacks.conditions import GradientAttack
-from mpdsgr_deploy.attacks.counting import GradientCounts
+from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
 from mpdsgr_deploy.attacks.fab import fab_t
 from mpdsgr_deploy.attacks.pgd import Draw
 from mpdsgr_deploy.attacks.targets import CLASSES_AIMED_AT
@@ -38,7 +36,7 @@ class AimedAttack(GradientAttack):
 
     def counted(self, target: Target, counts: GradientCounts) -> Target:
         network, gradients = target
-        return network, counts.of(gradients)
+        return network, CountedGradients(gradients, counts)
 
 
 @register
@@ -56,7 +54,7 @@ class TargetedAutoPGD(AimedAttack):
         )
 
     def climb(self, target: Target, batch: Batch, draw: Draw) -> Floats:
-        adversarial = apgd_t(
+        return apgd_t(
             *target,
             batch.x,
             batch.y,
@@ -66,7 +64,6 @@ class TargetedAutoPGD(AimedAttack):
             draw=draw,
             keep=self.kept,
         )
-        return np.asarray(adversarial)
 
 
 @register

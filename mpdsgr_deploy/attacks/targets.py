@@ -66,22 +66,17 @@ def targeted_dlr(logits: Floats, y: Classes, aim: Classes) -> AimedLoss:
 
 
 class Aimed:
-    """A Differentiable that takes pairs [B, 2] instead of classes: the true class, and the class that `loss` aims at.
+    """A Differentiable with the loss `targeted_dlr`, for pairs [B, 2] of the true class and the class aimed at.
 
     network: computes logits; gradients: the same network, differentiated with the loss "weighted" (see
     `attacks.condition.Network`).
     """
 
-    def __init__(
-        self,
-        network: Predictor,
-        gradients: Differentiable,
-        loss: Callable[[Floats, Classes, Classes], AimedLoss] = targeted_dlr,
-    ) -> None:
-        self._network, self._gradients, self._loss = network, gradients, loss
+    def __init__(self, network: Predictor, gradients: Differentiable) -> None:
+        self._network, self._gradients = network, gradients
 
     def __call__(self, x: Floats, pairs: Classes) -> Gradient:
-        value, weights = self._loss(self._network(x), pairs[:, 0], pairs[:, 1])
+        value, weights = targeted_dlr(self._network(x), pairs[:, 0], pairs[:, 1])
         answer = self._gradients(x, weights)
         return Gradient(answer.logits, value, answer.gradient)
 

@@ -6,12 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 # These modules register the conditions that tiers and recipes name.
-from mpdsgr_deploy.attacks import blind as _blind  # noqa: F401
-from mpdsgr_deploy.attacks import conditions as _conditions  # noqa: F401
-from mpdsgr_deploy.attacks import event_conditions as _event_conditions  # noqa: F401
-from mpdsgr_deploy.attacks import hart as _hart  # noqa: F401
-from mpdsgr_deploy.attacks import mpd_apgd_condition as _mpd_apgd_condition  # noqa: F401
-from mpdsgr_deploy.attacks import targeted_conditions as _targeted_conditions  # noqa: F401
+from mpdsgr_deploy.attacks import blind, conditions, event_conditions, hart, mpd_apgd, targeted_conditions  # noqa: F401
 from mpdsgr_deploy.attacks.condition import (
     APGD_CE,
     APGD_DLR,
