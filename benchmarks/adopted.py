@@ -57,7 +57,7 @@ main(["adopt", "foreign.onnx", "--images", "images.npz", "--out", "bundle"])
 """
 ATTACK = """
 import numpy as np
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.runtime import OnnxRuntime
 
 x, y, model = np.random.default_rng(0).random({shape}, np.float32), np.zeros({count}, np.int64), Path("foreign.onnx")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from attack_networks import frames
 
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.condition import Batch
 from mpdsgr_deploy.attacks.event_conditions import EventAttack, EventFlips, EventRetiming
 from mpdsgr_deploy.attacks.event_search import Edit, EventSearch, applied, counts_of

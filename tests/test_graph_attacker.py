@@ -10,8 +10,7 @@ import torch
 from attack_networks import NETWORKS, SMALL, deviation, images
 from test_export import exported
 
-from mpdsgr_deploy.attack_graph.attacker import GraphAttacker
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import GraphAttacker, NetworkFile
 from mpdsgr_deploy.attacks.attacker_surrogate import with_surrogate
 from mpdsgr_deploy.attacks.torch_target import input_gradient
 from mpdsgr_deploy.bundle import Bundle

@@ -15,7 +15,7 @@ from mpdsgr_deploy.adoption.survey import Survey, survey
 from mpdsgr_deploy.adoption.variant_files import CHUNK, AdoptedVariant, place_variant, same_kind
 from mpdsgr_deploy.atomic_files import sha256
 from mpdsgr_deploy.attack_graph import attack_graph
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.conditions import AttachedPGD, DetachedPGD
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.tiers import TIERS

@@ -3,22 +3,24 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attack_graph.derive import attack_graph
-from mpdsgr_deploy.bundle import NoiseInput
+from mpdsgr_deploy.bundle import Bundle, NoiseInput
 from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.lookup import choose
 from mpdsgr_deploy.onnx_files import CLASSES, GRADIENT, LOSS, MEAN, NEW, WEIGHTED, WIDTH, read_network
-from mpdsgr_deploy.protocols import Gradient, State
+from mpdsgr_deploy.protocols import Differentiable, Gradient, Predictor, State
 from mpdsgr_deploy.runtime.image_batches import check_images
 from mpdsgr_deploy.runtime.machine_settings import RuntimeSettings
 from mpdsgr_deploy.runtime.session import CPU, Session, failure
-from mpdsgr_deploy.surrogates import parse_surrogate
+from mpdsgr_deploy.surrogates import ADAPTIVE, SurrogateName, parse_surrogate
 
 Loss = Literal["ce", "dlr", "weighted"]
+LOSSES: dict[str, Loss] = {"ce": "ce", "dlr": "dlr", "weighted": "weighted"}
 CHUNK = 32  # images per run of the graph
 ADDED_INPUTS = (CLASSES, WIDTH, LOSS, WEIGHTED)  # the inputs that an attack graph adds to the network's
 
@@ -141,3 +143,56 @@ def attack_session(
     graph = attack_graph(read_network(model), surrogate, weighted=loss == "weighted")
     threads = None if settings is None else settings.threads
     return Session(graph, provider, source=f"the attack graph of {model}", threads=threads, packs=False)
+
+
+class NetworkFile:
+    """An ONNX file as an `attacks.condition.Network`: `predictor` computes logits, the attack graph gradients.
+
+    noise: the network's noise inputs, for which every attacker draws from a generator of `seed`. provider: the
+    execution provider of onnxruntime that computes gradients.
+
+    The session of the latest attack graph stays open, so that the network's weights are in memory only once. Attacks
+    that differ only in the surrogate's width, or only between the losses ce and dlr, share it. An attacker that is
+    still in use keeps its session.
+    """
+
+    def __init__(
+        self, model: Path, predictor: Predictor, noise: Sequence[NoiseInput] = (), seed: int = 0, provider: str = CPU
+    ) -> None:
+        self._model, self._predictor, self._noise, self._seed = model, predictor, noise, seed
+        self._provider, self.stochastic = provider, bool(noise)
+        self._kind: tuple[SurrogateName, bool] | None = None
+        self._session: Session | None = None
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, precision: str, predictor: Predictor, provider: str = CPU) -> Self:
+        """Return the network of one precision of a bundle. Raises InputError for a precision that the bundle lacks."""
+        manifest = bundle.manifest
+        return cls(bundle.variant(precision), predictor, manifest.noise, manifest.recipe.validation.seed, provider)
+
+    def __call__(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._predictor(x)
+
+    def attacker(self, surrogate: str, *, loss: str, draws: int) -> AbstractContextManager[Differentiable]:
+        """Return a context manager of gradients. Raises InputError for an unknown surrogate or loss."""
+        return self._open(surrogate, choose("loss of attack graphs", LOSSES, loss), draws)
+
+    def adaptive(self, *, draws: int) -> GraphAttacker:
+        """Return a context manager of gradients through surrogates that adapt to each image (ASSG)."""
+        return self._open(ADAPTIVE, "ce", draws)
+
+    def _open(self, surrogate: str, loss: Loss, draws: int) -> GraphAttacker:
+        kind = parse_surrogate(surrogate)._replace(width=0.0), loss == "weighted"  # the width is an input of the graph
+        if self._session is None or kind != self._kind:
+            self._session = None  # free its memory before the next one needs as much
+            self._session = attack_session(self._model, surrogate, loss=loss, provider=self._provider)
+            self._kind = kind
+        return GraphAttacker(
+            self._model,
+            surrogate,
+            loss=loss,
+            noise=self._noise,
+            seed=self._seed,
+            draws=draws,
+            session=self._session,
+        )

@@ -14,20 +14,15 @@ MEMBRANE = {
 }
 
 
-class LayerStep(NamedTuple):
-    """A time step of a layer: all jumps at one potential. A library may compare it twice, to fire and to reset."""
-
-    jumps: list[Jump]
-
-
 class Layers(NamedTuple):
     """The layers of a network.
 
-    steps: the time steps of each layer, in order, by the layer's name. resets: the edges through which a spike reaches
+    steps: the time steps of each layer, in order, by the layer's name; a step is the list of all jumps at one
+    potential, which a library may compare twice, to fire and to reset. resets: the edges through which a spike reaches
     a later potential of its own layer, each as (first output of the node that reads the spike, the spike).
     """
 
-    steps: dict[str, list[LayerStep]]
+    steps: dict[str, list[list[Jump]]]
     resets: set[tuple[str, str]]
 
 
@@ -43,17 +38,17 @@ def group(tape: Tape, jumps: Sequence[Jump]) -> Layers:
     walk = _Walk(tape, spikes)
     if named:
         return Layers(_by_name(named), walk.resets)
-    steps: dict[int, LayerStep] = {}  # key: the first jump at a potential
+    steps: dict[int, list[Jump]] = {}  # key: the first jump at a potential
     first: dict[tuple[str | float | None, ...], int] = {}
     for number, jump in enumerate(spikes):
         twin = first.setdefault(_potential(tape, jump), number)
-        steps.setdefault(twin, LayerStep([])).jumps.append(jump)
+        steps.setdefault(twin, []).append(jump)
     places: dict[int, tuple[int, int]] = {}  # layer and time step
     for number in steps:
         earlier = walk.previous[number]
         previous = None if earlier is None else first[_potential(tape, spikes[earlier])]
         places[number] = (number, 0) if previous is None else (places[previous][0], places[previous][1] + 1)
-    layers: dict[int, list[LayerStep]] = {}
+    layers: dict[int, list[list[Jump]]] = {}
     for number, (layer, _) in places.items():
         layers.setdefault(layer, []).append(steps[number])
     return Layers({f"neurons{n}": of_layer for n, of_layer in enumerate(layers.values())}, walk.resets)
@@ -66,14 +61,14 @@ def _potential(tape: Tape, jump: Jump) -> tuple[str | float | None, ...]:
     return tuple(value if number is None else number for value, number in zip(values, numbers, strict=True))
 
 
-def _by_name(spikes: Sequence[Jump]) -> dict[str, list[LayerStep]]:
-    layers: dict[str, list[LayerStep]] = {}
+def _by_name(spikes: Sequence[Jump]) -> dict[str, list[list[Jump]]]:
+    layers: dict[str, list[list[Jump]]] = {}
     for jump in spikes:
         layer, _, step = jump.node.output[0].removeprefix(SPIKES).rpartition("/")
         steps = layers.setdefault(layer, [])
         if step != str(len(steps)):
             raise refuse(jump.node, f"stands where step {len(steps)} of layer {layer} is expected; export again")
-        steps.append(LayerStep([jump]))
+        steps.append([jump])
     return layers
 
 

@@ -7,7 +7,7 @@ from onnx import TensorProto
 
 from mpdsgr_deploy.attack_graph.adaptive import adaptive_slopes, potential_slopes
 from mpdsgr_deploy.attack_graph.jumps import Jump
-from mpdsgr_deploy.attack_graph.layers import Layers, LayerStep
+from mpdsgr_deploy.attack_graph.layers import Layers
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.surrogates import ADAPTIVE, ATTACK_ONLY, AVERAGED, PDSG, RATE, STRAIGHT, Nodes, surrogate_nodes
 
@@ -37,7 +37,7 @@ class Neurons:
             jump.node.output[0]: (layer, t)
             for layer, steps in layers.steps.items()
             for t, step in enumerate(steps)
-            for jump in step.jumps
+            for jump in step
         }
         self._slopes: dict[str, str] = {}  # by jump: slopes that several jumps share, or that adapt to potentials
         if kind in (ADAPTIVE, PDSG):
@@ -48,17 +48,17 @@ class Neurons:
         if detached:
             tape.unpaid |= layers.resets
 
-    def _adapt(self, layer: str, steps: Sequence[LayerStep]) -> None:
-        shape = self._tape.shape(steps[0].jumps[0].node.output[0])
+    def _adapt(self, layer: str, steps: Sequence[list[Jump]]) -> None:
+        shape = self._tape.shape(steps[0][0].node.output[0])
         if not shape or shape[0] != self._tape.shape(self._tape.source)[0]:
             return
-        vs = [self._v(step.jumps[0]) for step in steps]
+        vs = [self._v(step[0]) for step in steps]
         if self._kind == PDSG:
             slopes = potential_slopes(self._tape, vs, shape)
         else:
             slopes = adaptive_slopes(self._tape, layer, vs, shape)
         for step, slope in zip(steps, slopes, strict=True):
-            self._slopes |= dict.fromkeys((jump.node.output[0] for jump in step.jumps), slope)
+            self._slopes |= dict.fromkeys((jump.node.output[0] for jump in step), slope)
 
     def __contains__(self, node: onnx.NodeProto) -> bool:
         return node.output[0] in self._jumps
@@ -103,7 +103,7 @@ class Neurons:
         slope = self._derivative(self._nodes, self._v(jump))
         place = self._place.get(key)
         if place is not None:  # also for the other jumps at this potential, since surrogates are even
-            self._slopes |= dict.fromkeys((j.node.output[0] for j in self._layers[place[0]][place[1]].jumps), slope)
+            self._slopes |= dict.fromkeys((j.node.output[0] for j in self._layers[place[0]][place[1]]), slope)
         return slope
 
     def _v(self, jump: Jump) -> str:
@@ -121,7 +121,7 @@ class Neurons:
         If resets are detached, a choice passes no gradient to the compared values, as torch's `where` never does.
         """
         tape, (condition, yes, no), output = self._tape, jump.node.input, jump.node.output[0]
-        choose(tape, jump.node, cotangent)
+        choose(tape, condition, yes, no, output, cotangent)
         if not self._detached:
             difference = tape.emit("Sub", tape.float32(yes), tape.float32(no))
             share = tape.unbroadcast(tape.emit("Mul", cotangent, difference), condition, output)
@@ -133,7 +133,7 @@ class Neurons:
         if t == 0 and layer in self._waiting:
             self._pool(self._layers[layer], self._waiting.pop(layer))
 
-    def _pool(self, steps: Sequence[LayerStep], waiting: list[str]) -> None:
+    def _pool(self, steps: Sequence[list[Jump]], waiting: list[str]) -> None:
         """Pass the mean of the steps' gradients on to the current of every step.
 
         The surrogate `rate` multiplies the mean by [0 < mean current < V_th] / V_th, as if the neuron were the static
@@ -164,32 +164,31 @@ class Neurons:
             total = self._tape.emit("Add", total, value)
         return total if count == 1 else self._tape.emit("Mul", total, self._tape.constant(1 / count))
 
-    def _potential(self, step: LayerStep) -> tuple[str, str]:
+    def _potential(self, step: list[Jump]) -> tuple[str, str]:
         """Return the names of a step's membrane potential and of its constant threshold."""
-        jump = step.jumps[0]
+        jump = step[0]
         above, below, _ = jump.compared
-        if above is None or below is None or self._tape.array(below) is None or len(step.jumps) > 1:
+        if above is None or below is None or self._tape.array(below) is None or len(step) > 1:
             raise refuse(
                 jump.node, f"compares in another way than networks exported here; leave rate and {AVERAGED} out"
             )
         return above, below
 
-    def _current(self, potential: tuple[str, str], step: LayerStep) -> str:
+    def _current(self, potential: tuple[str, str], step: list[Jump]) -> str:
         """Return the summand of a potential that is the input current, not the decayed previous potential."""
         maker = self._tape.makers.get(potential[0])
         if maker is None or maker.op_type != "Add":
             raise refuse(
-                step.jumps[0].node,
+                step[0].node,
                 f"has a membrane potential that is not the previous one plus a current; {RATE} and {AVERAGED} "
                 "work only for networks that were trained and exported here",
             )
         return maker.input[1]
 
 
-def choose(tape: Tape, node: onnx.NodeProto, cotangent: str) -> None:
-    """Differentiate Where(condition, yes, no): pass the cotangent on to the value that was chosen."""
-    condition, yes, no = node.input
+def choose(tape: Tape, condition: str, yes: str, no: str, output: str, cotangent: str) -> None:
+    """Differentiate output = Where(condition, yes, no): pass the cotangent on to the value that was chosen."""
     zero = tape.constant(0)
     for value, parts in ((yes, (cotangent, zero)), (no, (zero, cotangent))):
         if tape.depends(value):
-            tape.give(value, tape.unbroadcast(tape.emit("Where", condition, *parts), value, node.output[0]))
+            tape.give(value, tape.unbroadcast(tape.emit("Where", condition, *parts), value, output))

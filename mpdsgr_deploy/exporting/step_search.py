@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.address import cache_directory
 from mpdsgr_deploy.atomic_files import sha256
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
 from mpdsgr_deploy.attacks.promise import promise
 from mpdsgr_deploy.attacks.resumable_run import Journal

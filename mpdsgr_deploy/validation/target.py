@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.atomic_files import sha256, writing
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
 from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 
 from faults.images import carried, promise_by
 from faults.planted import Planted, fault
-from mpdsgr_deploy.attack_graph.onnx_target import NetworkFile
+from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.runtime import OnnxRuntime
 
 OUT_OF_REACH = 1.001  # no pixel gets that bright

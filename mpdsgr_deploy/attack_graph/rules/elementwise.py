@@ -15,25 +15,15 @@ from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import SPIKES, attribute
 
 
-def _sign(sign: int) -> Rule:
-    """Make the rule of a + b (sign 1) or a - b (sign -1)."""
-
-    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-        for value, own in zip(node.input, (1, sign), strict=True):
-            if tape.depends(value):
-                tape.give(value, tape.unbroadcast(only(cotangents), value, node.output[0]), own)
-
-    return rule
-
-
 def _sum(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Differentiate Sum and Mean of any number of values."""
+    """Differentiate Add, Sub, and Sum and Mean of any number of values."""
     cotangent = only(cotangents)
     if node.op_type == "Mean":
         cotangent = tape.emit("Mul", cotangent, tape.constant(1 / len(node.input)))
-    for value in node.input:
+    for position, value in enumerate(node.input):
         if tape.depends(value):
-            tape.give(value, tape.unbroadcast(cotangent, value, node.output[0]))
+            sign = -1 if node.op_type == "Sub" and position else 1
+            tape.give(value, tape.unbroadcast(cotangent, value, node.output[0]), sign)
 
 
 def _mul(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -99,22 +89,13 @@ def _bounds(tape: Tape, node: onnx.NodeProto) -> tuple[NDArray[Any], NDArray[Any
     return low, high
 
 
-def _extreme(op_type: str) -> Rule:
-    """Make the rule of Max or Min of two values; where these are equal, the first one gets the cotangent."""
-
-    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-        if len(node.input) != 2:
-            raise refuse(node, "compares more than two values")
-        first, second = node.input
-        chosen = tape.emit(op_type, tape.float32(first), tape.float32(second))
-        for value, parts in ((first, (True, False)), (second, (False, True))):
-            if tape.depends(value):
-                zero, cotangent = tape.constant(0), only(cotangents)
-                options = [cotangent if part else zero for part in parts]
-                masked = tape.emit("Where", chosen, *options)
-                tape.give(value, tape.unbroadcast(masked, value, node.output[0]))
-
-    return rule
+def _extreme(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
+    """Differentiate Max or Min of two values; where these are equal, the first one gets the cotangent."""
+    if len(node.input) != 2:
+        raise refuse(node, "compares more than two values")
+    compare = "GreaterOrEqual" if node.op_type == "Max" else "LessOrEqual"
+    first = tape.emit(compare, *map(tape.float32, node.input))
+    choose(tape, first, *node.input, node.output[0], only(cotangents))
 
 
 def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -129,7 +110,7 @@ def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _where(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    choose(tape, node, only(cotangents))
+    choose(tape, *node.input, node.output[0], only(cotangents))
 
 
 Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # from x and y, both float32, to dy/dx
@@ -202,7 +183,7 @@ def _gelu(tape: Tape, node: onnx.NodeProto, x: str, y: str) -> str:
 
 RULES: dict[str, Rule] = {
     "Abs": _pointwise(lambda tape, node, x, y: tape.emit("Sign", x)),
-    "Add": _sign(1),
+    "Add": _sum,
     "Cast": _same,  # a Cast of booleans; see `jumps`
     "Clip": _clip,
     "DequantizeLinear": _same,
@@ -217,9 +198,9 @@ RULES: dict[str, Rule] = {
     "Identity": _same,
     "LeakyRelu": _pointwise(_leaky_relu),
     "Log": _pointwise(lambda tape, node, x, y: tape.emit("Reciprocal", x)),
-    "Max": _extreme("GreaterOrEqual"),
+    "Max": _extreme,
     "Mean": _sum,
-    "Min": _extreme("LessOrEqual"),
+    "Min": _extreme,
     "Mul": _mul,
     "Neg": lambda tape, node, cotangents: tape.give(node.input[0], only(cotangents), -1),
     "PRelu": _pointwise(_prelu),
@@ -232,7 +213,7 @@ RULES: dict[str, Rule] = {
     "Sigmoid": _pointwise(lambda tape, node, x, y: tape.emit("Mul", y, tape.emit("Sub", tape.constant(1), y))),
     "Softplus": _pointwise(lambda tape, node, x, y: tape.emit("Sigmoid", x)),
     "Sqrt": _pointwise(lambda tape, node, x, y: tape.emit("Div", tape.constant(0.5), y)),
-    "Sub": _sign(-1),
+    "Sub": _sum,
     "Sum": _sum,
     "Tanh": _pointwise(lambda tape, node, x, y: tape.emit("Sub", tape.constant(1), tape.emit("Mul", y, y))),
     "Where": _where,

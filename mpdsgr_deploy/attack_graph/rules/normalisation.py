@@ -1,10 +1,11 @@
 """Derivatives of normalisations and of softmax."""
 
 from collections.abc import Sequence
+from math import prod
 
 import onnx
 
-from mpdsgr_deploy.attack_graph.rules.common import Rule, only
+from mpdsgr_deploy.attack_graph.rules.common import Rule, are_numbers, only
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import attribute
 
@@ -42,29 +43,25 @@ def _layer_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[
     value, scale = node.input[0], node.input[1]
     shape = tape.shape(value)
     first = attribute(node, "axis", -1) % len(shape)
-    axes, size = range(first, len(shape)), 1
-    for length in shape[first:]:
-        if not isinstance(length, int):
-            raise refuse(node, "normalises over an axis of unknown size")
-        size *= length
+    sizes = shape[first:]
+    if not are_numbers(sizes):
+        raise refuse(node, "normalises over an axis of unknown size")
     scaled = tape.emit("Mul", only(cotangents), tape.float32(scale))
     epsilon = attribute(node, "epsilon", 1e-5)
-    tape.give(value, _normalised(tape, tape.float32(value), scaled, axes, size, epsilon))
+    tape.give(value, _normalised(tape, tape.float32(value), scaled, range(first, len(shape)), prod(sizes), epsilon))
 
 
 def _instance_normalization(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
     value, scale = node.input[0], node.input[1]
     shape = tape.shape(value)
-    size = 1
-    for length in shape[2:]:
-        if not isinstance(length, int):
-            raise refuse(node, "normalises maps of unknown size")
-        size *= length
+    sizes = shape[2:]
+    if not are_numbers(sizes):
+        raise refuse(node, "normalises maps of unknown size")
     channels = tape.integers(-1, *[1] * (len(shape) - 2))
     factor = tape.emit("Reshape", tape.float32(scale), channels)
     scaled = tape.emit("Mul", only(cotangents), factor)
     epsilon = attribute(node, "epsilon", 1e-5)
-    tape.give(value, _normalised(tape, tape.float32(value), scaled, range(2, len(shape)), size, epsilon))
+    tape.give(value, _normalised(tape, tape.float32(value), scaled, range(2, len(shape)), prod(sizes), epsilon))
 
 
 def _softmax(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

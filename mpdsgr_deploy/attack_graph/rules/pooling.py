@@ -35,14 +35,14 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
 def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> str:
     """Differentiate average pooling of any stride and padding."""
     x, y, kernel, strides, dilations, before = _windows(tape, node)
-    if attribute(node, "count_include_pad", 0) and not attribute(node, "ceil_mode", 0):
+    count_pads = attribute(node, "count_include_pad", 0)
+    if count_pads and not attribute(node, "ceil_mode", 0):
         share = tape.emit("Mul", cotangent, tape.constant(1 / prod(kernel)))
     else:
-        before_and_after = [before, explicit_pads(node, x, kernel)[1]]
-        padded = bool(attribute(node, "count_include_pad", 0))
+        after = explicit_pads(node, x, kernel)[1]
         counts = []
         for axis in range(len(x)):
-            low, high = (-before[axis], x[axis] + before_and_after[1][axis]) if padded else (0, x[axis])
+            low, high = (-before[axis], x[axis] + after[axis]) if count_pads else (0, x[axis])
             starts = [n * strides[axis] - before[axis] for n in range(y[axis])]
             counts.append([sum(low <= s + j * dilations[axis] < high for j in range(kernel[axis])) for s in starts])
         total = np.ones((), np.float32)

@@ -188,20 +188,16 @@ def _expand(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) 
 
 
 def _reshape(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    """Reshape the cotangent to the shape of the input."""
     tape.give(node.input[0], reshaped(tape, only(cotangents), node.input[0]))
 
 
-def _inverse(op_type: str) -> Rule:
+def _inverse(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
     """Differentiate Squeeze and Unsqueeze by each other."""
-
-    def rule(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-        if len(node.input) < 2:
-            tape.give(node.input[0], reshaped(tape, only(cotangents), node.input[0]))
-        else:
-            tape.give(node.input[0], tape.emit(op_type, only(cotangents), node.input[1]))
-
-    return rule
+    if len(node.input) < 2:
+        _reshape(tape, node, cotangents)
+    else:
+        inverse = "Squeeze" if node.op_type == "Unsqueeze" else "Unsqueeze"
+        tape.give(node.input[0], tape.emit(inverse, only(cotangents), node.input[1]))
 
 
 def _transpose(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -224,7 +220,7 @@ RULES: dict[str, Rule] = {
     "Reshape": _reshape,
     "Slice": _slice,
     "Split": _split,
-    "Squeeze": _inverse("Unsqueeze"),
+    "Squeeze": _inverse,
     "Transpose": _transpose,
-    "Unsqueeze": _inverse("Squeeze"),
+    "Unsqueeze": _inverse,
 }
