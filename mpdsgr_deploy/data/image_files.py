@@ -29,18 +29,14 @@ def read_image(path: Path, shape: Shape) -> NDArray[np.uint8]:
     pixels become white, as viewers and browsers show them. Raises InputError for a file that is not an image, or has
     more than 8 bits per channel.
     """
-    return _decoded(path, str(path), shape)
+    return decode_image(path, str(path), shape)
 
 
-def decode_image(content: bytes, name: str, shape: Shape) -> NDArray[np.uint8]:
-    """Decode the content of a file as `read_image` does; `name` is the file's name for error messages."""
-    return _decoded(BytesIO(content), name, shape)
-
-
-def _decoded(source: Path | BytesIO, name: str, shape: Shape) -> NDArray[np.uint8]:
+def decode_image(source: Path | bytes, name: str, shape: Shape) -> NDArray[np.uint8]:
+    """Decode a file, or its content, as `read_image` does; `name` is the file's name for error messages."""
     channels, height, width = shape
     try:
-        with Image.open(source) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.mode[0] in "IF":
                 raise InputError(
                     f"{name} has more than 8 bits per channel, which would be clipped; convert it to 8 bits first"

@@ -1,8 +1,5 @@
 """Export any torch module that maps images to logits: adopt its ONNX file, with torch's logits as the reference."""
 
-import contextlib
-import io
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +15,9 @@ from mpdsgr_deploy.adoption import Preprocessing, adopt
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import EvaluationError, InputError, one_line
-from mpdsgr_deploy.exporting.onnx_writer import OPSET, save
+from mpdsgr_deploy.exporting.onnx_writer import DYNAMIC, save, traced
 from mpdsgr_deploy.exporting.precision import PRECISIONS, convert, plan
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.onnx_files import INPUT, OUTPUT
 from mpdsgr_deploy.parity import compare
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
@@ -101,24 +97,10 @@ def _answers(module: nn.Module, x: Tensor) -> NDArray[np.float32]:
 
 def _exported(module: nn.Module, example: Tensor) -> ir.Model:
     """Export the module's graph with a dynamic batch, in which every node has a name."""
-    batch = {0: torch.export.Dim("batch")}
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")  # the exporter's notes about its own internals
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=(batch,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                opset_version=OPSET,
-                verbose=False,
-            )
+        graph = traced(module, example, {}, shapes=(DYNAMIC,))
     except Exception as error:  # the exporter's errors share no public base class
         raise InputError(f"torch cannot export the module: {one_line(error)[:300]}") from error
-    assert program is not None  # it is None only if a path was given
-    graph = program.model
     common.ClearMetadataAndDocStringPass()(graph)
     for number, node in enumerate(graph.graph):
         node.name = node.name or f"{node.op_type}_{number}"

@@ -8,12 +8,15 @@ import ast
 import contextlib
 import io
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from torch import Tensor, nn
 
 from mpdsgr_deploy.exporting.graph import constant, data, insert, made_by
 from mpdsgr_deploy.models import SpikingNet
@@ -22,6 +25,7 @@ from mpdsgr_deploy.runtime.torch_model import noise_inputs
 from mpdsgr_deploy.snn import SpikingLayer
 
 OPSET = 21  # the first with float8 in every operator of Q/DQ pairs
+DYNAMIC = {0: torch.export.Dim("batch")}  # the dynamic axis of every input
 
 
 def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
@@ -35,27 +39,37 @@ def to_graph(model: SpikingNet, shape: tuple[int, int, int]) -> ir.Model:
     example = torch.full((2, *shape), 0.5)  # two images, because the exporter treats a batch size of one as a constant
     # left out instead of empty: the exporter names the batch dimension only if every input has a dynamic shape
     further = {"noise": [torch.full((2, *entry.shape), 0.5) for entry in noise]} if noise else {}
-    batch = {0: torch.export.Dim("batch")}
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporter's notes about its own internals
-        program = torch.onnx.export(
-            model,
-            (example,),
-            kwargs=further,
-            dynamo=True,
-            dynamic_shapes={"x": batch} | {name: [batch for _ in draws] for name, draws in further.items()},
-            input_names=[INPUT, *(entry.name for entry in noise)],
-            output_names=[OUTPUT],
-            opset_version=OPSET,
-            verbose=False,
-        )
-        assert program is not None  # it is None only if a path was given
-    network = program.model
+    shapes = {"x": DYNAMIC} | {name: [DYNAMIC for _ in draws] for name, draws in further.items()}
+    network = traced(model, example, further, shapes=shapes, noise=[entry.name for entry in noise])
     tidy(network)
     _name_nodes(network, model)
     # the exporter's notes hold stack traces with paths of this machine, and may be larger than the network
     common.ClearMetadataAndDocStringPass()(network)
     return network
+
+
+def traced(
+    module: nn.Module, example: Tensor, further: Mapping[str, Any], *, shapes: Any, noise: Sequence[str] = ()
+) -> ir.Model:
+    """Return the graph that torch's exporter makes of a module, with its notes, from INPUT and `noise` to OUTPUT.
+
+    example: images [B, C, H, W]; further: keyword arguments; shapes: the exporter's `dynamic_shapes` of both.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's notes about its own internals
+        program = torch.onnx.export(
+            module,
+            (example,),
+            kwargs=dict(further),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=[INPUT, *noise],
+            output_names=[OUTPUT],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # it is None only if a path was given
+    return program.model
 
 
 def save(network: ir.Model, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -47,42 +47,19 @@ def make_surrogate(name: str, width: float | None = None) -> Surrogate:
     if kind == STRAIGHT:
         return Surrogate(kind, torch.ones_like, math.inf)
     family, w = KINDS.choose(kind), named_width if width is None else width
-    expected = partial(EXPECTED[kind], w=w) if kind in EXPECTED else None
+    mean = EXPECTED.get(kind)
+    expected = None if mean is None else lambda mu, sigma: mean(mu, sigma, w)
     return Surrogate(kind, lambda v: family.derivative(v, w), family.half_width(w), expected, w)
 
 
-def _triangle(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return triangle_mean(mu, sigma, w)
-
-
-def _rectangular(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return interval_mass(mu, sigma, w / 2) / w
-
-
-def _sigmoid(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return mixture_mean(mu, sigma, logistic_mixture(), scale=1 / w, height=w)
-
-
-def _superspike(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return mixture_mean(mu, sigma, superspike_mixture(), scale=1 / w)
-
-
-def _exponential(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return mixture_mean(mu, sigma, laplace_mixture(), scale=w, height=1 / (2 * w))
-
-
-def _arctan(mu: Tensor, sigma: Tensor, w: float) -> Tensor:
-    return mixture_mean(mu, sigma, cauchy_mixture(), scale=2 / (math.pi * w), height=w / 2)
-
-
 # The mean of a kind's derivative over N(mu, sigma^2), for kinds whose mean is known
-EXPECTED: dict[str, Callable[..., Tensor]] = {
-    "triangle": _triangle,
-    "rectangular": _rectangular,
-    "sigmoid": _sigmoid,
-    "superspike": _superspike,
-    "exponential": _exponential,
-    "arctan": _arctan,
+EXPECTED: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "triangle": triangle_mean,
+    "rectangular": lambda mu, sigma, w: interval_mass(mu, sigma, w / 2) / w,
+    "sigmoid": lambda mu, sigma, w: mixture_mean(mu, sigma, logistic_mixture(), scale=1 / w, height=w),
+    "superspike": lambda mu, sigma, w: mixture_mean(mu, sigma, superspike_mixture(), scale=1 / w),
+    "exponential": lambda mu, sigma, w: mixture_mean(mu, sigma, laplace_mixture(), scale=w, height=1 / (2 * w)),
+    "arctan": lambda mu, sigma, w: mixture_mean(mu, sigma, cauchy_mixture(), scale=2 / (math.pi * w), height=w / 2),
 }
 
 
