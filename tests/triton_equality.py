@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from mpdsgr_deploy.mpd import empirical, expected_gradient, layer_value, mean_of_layers, theorem
-from mpdsgr_deploy.snn import LIF, LIFState, SpikingLayer, TdBN, Trace, lif, multistep, triton_lif
+from mpdsgr_deploy.snn import LIF, SpikingLayer, TdBN, Trace, lif, multistep, triton_lif
 from mpdsgr_deploy.snn.lif_state import LIFConstants
 from mpdsgr_deploy.snn.surrogate import make_surrogate
 from mpdsgr_deploy.snn.tdbn import frozen_statistics
@@ -28,8 +29,8 @@ CASES = [  # every pair of an order, a mode and a current that is held or not
 ]
 
 LIF_CASES = [  # every path of the kernels with one surrogate, and every other surrogate
-    *itertools.product(["triangle"], ("hard", "soft"), (False, True), (False, True)),
-    *((name, "hard", False, True) for name in KINDS if name != "triangle"),
+    *itertools.product(["triangle"], ("hard", "soft"), (False, True)),
+    *((name, "hard", False) for name in KINDS if name != "triangle"),
 ]
 
 
@@ -60,54 +61,38 @@ def close(found: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
     assert (found - expected).abs().max() <= rtol * expected.abs().max()
 
 
-def single_steps(current: Tensor, state: LIFState | None, how: LIFConstants, reset: Any) -> tuple[Tensor, Tensor]:
+def single_steps(current: Tensor, how: LIFConstants, reset: Any) -> tuple[Tensor, Tensor]:
     steps = current.unbind(0) * (how.steps if len(current) == 1 else 1)
-    states = lif(steps, state, tau=how.tau, v_threshold=how.v_threshold, reset=reset, surrogate=how.surrogate)
+    states = lif(steps, tau=how.tau, v_threshold=how.v_threshold, reset=reset, surrogate=how.surrogate)
     return torch.stack([s.u for s in states]), torch.stack([s.spikes for s in states])
 
 
-@pytest.mark.parametrize(("name", "reset", "held", "resting"), LIF_CASES)
-def test_lif_is_that_of_single_steps_to_the_bit(name: str, reset: str, held: bool, resting: bool) -> None:
+@pytest.mark.parametrize(("name", "reset", "held"), LIF_CASES)
+def test_lif_is_that_of_single_steps_to_the_bit(name: str, reset: str, held: bool) -> None:
     how = LIFConstants(T, 0.6, 0.75, reset == "hard", make_surrogate(name))
     outputs, gradients = [], []
     for kernels in (False, True):
-        given = {"current": drawn(1 if held else T, B, C, H, W, seed=0, order="channels-last").add_(0.5)}
-        if not resting:
-            given |= {"u": drawn(B, C, H, W, seed=1), "spikes": (drawn(B, C, H, W, seed=2) > 0).float()}
-        given = {key: tensor.requires_grad_() for key, tensor in given.items()}
-        state = None if resting else LIFState(given["u"], given["spikes"])
-        run = triton_lif.triton_lif if kernels else lambda *of: single_steps(*of, reset=reset)
-        found = run(given["current"], state, how)
+        current = drawn(1 if held else T, B, C, H, W, seed=0, order="channels-last").add_(0.5).requires_grad_()
+        run = triton_lif.triton_lif if kernels else partial(single_steps, reset=reset)
+        found = run(current, how)
         sum((drawn(*y.shape, seed=3 + i) * y).sum() for i, y in enumerate(found)).backward()
         outputs.append(found)
-        gradients.append([tensor.grad for tensor in given.values()])
+        gradients.append(current.grad)
     for single, fused in zip(*outputs, strict=True):
         assert torch.equal(single, fused)
-    for single, fused in zip(*gradients, strict=True):
-        close(fused, single)
+    close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("resting", [False, True])
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_detached_reset_and_a_loss_of_one_output(
-    hard: bool, resting: bool, used: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gradients = []
-    for kernels in (False, True):
-        given = [drawn(T, B, C, seed=0), drawn(B, C, seed=1).requires_grad_()]
-        given[0].requires_grad_()
-        state = None if resting else (given[1], (drawn(B, C, seed=2) > 0).float())
-        how = LIFConstants(T, 0.5, 1.0, hard, make_surrogate("triangle"), detach_reset=True)
-        if kernels:
-            found = triton_lif.triton_lif(given[0], state, how)
-        else:
-            monkeypatch.setattr(multistep, "_on_gpu", lambda _: False)
-            found = multistep.multistep_lif(given[0], state, how)
-        (found[used] * drawn(T, B, C, seed=3)).sum().backward()
-        gradients.append([tensor.grad for tensor in given[: 1 if resting else 2]])
-    for single, fused in zip(*gradients, strict=True):
-        close(fused, single)
+def test_a_detached_reset_and_a_loss_of_one_output(hard: bool, used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multistep, "_on_gpu", lambda _: False)
+    how, gradients = LIFConstants(T, 0.5, 1.0, hard, make_surrogate("triangle"), detach_reset=True), []
+    for run in (partial(multistep.multistep_lif, state=None), triton_lif.triton_lif):
+        current = drawn(T, B, C, seed=0).requires_grad_()
+        (run(current, constants=how)[used] * drawn(T, B, C, seed=3)).sum().backward()
+        gradients.append(current.grad)
+    close(gradients[1], gradients[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -117,8 +102,8 @@ def test_half_precision_rounds_where_torch_does(dtype: torch.dtype, reset: str) 
     outputs, gradients = [], []
     for kernels in (False, True):
         current = drawn(T, B, C, H, W, seed=0, dtype=dtype).requires_grad_()
-        run = triton_lif.triton_lif if kernels else lambda *of: single_steps(*of, reset=reset)
-        found = run(current, None, how)
+        run = triton_lif.triton_lif if kernels else partial(single_steps, reset=reset)
+        found = run(current, how)
         (found[1] * drawn(T, B, C, H, W, seed=3, dtype=dtype)).sum().backward()
         outputs.append(found)
         gradients.append(current.grad)
@@ -146,7 +131,7 @@ def run_norm(
     else:
         norm = norm and norm.double()
         current = x.double() if norm is None else norm(x.double().flatten(0, 1)).unflatten(0, x.shape[:2])
-        u, spikes = single_steps(current, None, how, "hard" if how.hard else "soft")
+        u, spikes = single_steps(current, how, "hard" if how.hard else "soft")
         moments = moments_of(u, spikes, how)
     loss = (drawn(*spikes.shape, seed=4) * spikes).sum() / 50
     loss = loss + sum((drawn(*m.shape, seed=5 + i) * m).sum() for i, m in enumerate(moments[:2])) * 10
@@ -215,8 +200,8 @@ def test_memory_with_gaps_and_gradients_in_another_order() -> None:
     assert torch.equal(plain[0], fused[0])
     close(fused[2]["x"], plain[2]["x"], rtol=2e-6)
     current, again = (x.clone().requires_grad_() for _ in range(2))
-    triton_lif.triton_lif(current, None, how)[1].sum().backward()  # a gradient of one number, expanded
-    single_steps(again, None, how, "hard")[1].sum().backward()
+    triton_lif.triton_lif(current, how)[1].sum().backward()  # a gradient of one number, expanded
+    single_steps(again, how, "hard")[1].sum().backward()
     close(current.grad, again.grad)
 
 
@@ -228,7 +213,7 @@ def test_parameters_that_need_no_gradient_and_statistics_that_stay() -> None:
         norm.train(training)
         plain, fused = x.clone().requires_grad_(), x.clone().requires_grad_()
         with frozen_statistics(norm):
-            single_steps(norm(plain.flatten(0, 1)).unflatten(0, (T, B)), None, how, "hard")[1].square().sum().backward()
+            single_steps(norm(plain.flatten(0, 1)).unflatten(0, (T, B)), how, "hard")[1].square().sum().backward()
             norm_lif(fused, norm, how).spikes.square().sum().backward()
         close(fused.grad, plain.grad, rtol=2e-6)
         assert torch.equal(norm.running_mean, before)
@@ -236,7 +221,7 @@ def test_parameters_that_need_no_gradient_and_statistics_that_stay() -> None:
 
 def test_a_second_derivative_is_refused() -> None:
     current = drawn(T, B, C, seed=0).requires_grad_()
-    _, spikes = triton_lif.triton_lif(current, None, LIFConstants(T, 0.5, 1.0, True, make_surrogate("sigmoid")))
+    _, spikes = triton_lif.triton_lif(current, LIFConstants(T, 0.5, 1.0, True, make_surrogate("sigmoid")))
     loss = (drawn(T, B, C, seed=1).requires_grad_() * spikes).sum()
     (gradient,) = torch.autograd.grad(loss, current, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):

@@ -26,10 +26,11 @@ EXACT = {
     *("select", "slice", "stack"),
 }
 Tensors = tuple[Tensor | None, ...]
-Function = Callable[..., Tensors]
+Results = tuple[Tensor, ...]
+Function = Callable[..., Results]
 
 
-def run(function: Function, constants: tuple[Hashable, ...], tensors: Tensors, *, compiles: bool = True) -> Tensors:
+def run(function: Function, constants: tuple[Hashable, ...], tensors: Tensors, *, compiles: bool = True) -> Results:
     """Return function(*constants, *tensors, in_place=...) for tensors [N] or [T, N]; the first tensor is not None.
 
     The function must give the same results with in_place=False, without changing any tensor; that form is compiled.
@@ -48,12 +49,12 @@ class _Kernel:
 
     def __init__(self, function: Function) -> None:
         self._function, self._seconds = function, 0.0
-        self._run: Callable[[Tensors], Tensors] = self._timed
+        self._run: Callable[[Tensors], Results] = self._timed
 
-    def __call__(self, tensors: Tensors) -> Tensors:
+    def __call__(self, tensors: Tensors) -> Results:
         return self._run(tensors)
 
-    def _timed(self, tensors: Tensors) -> Tensors:
+    def _timed(self, tensors: Tensors) -> Results:
         started = perf_counter()
         results = self._eager(tensors)
         self._seconds += perf_counter() - started
@@ -61,13 +62,13 @@ class _Kernel:
             self._run = self._compiled(tensors, results) or self._eager
         return results
 
-    def _eager(self, tensors: Tensors) -> Tensors:
+    def _eager(self, tensors: Tensors) -> Results:
         return self._function(*tensors, in_place=True)
 
-    def _compiled(self, tensors: Tensors, expected: Tensors) -> Callable[[Tensors], Tensors] | None:
+    def _compiled(self, tensors: Tensors, expected: Results) -> Callable[[Tensors], Results] | None:
         """Return the compiled function; None if this fails or its results for `tensors` are not `expected`."""
         try:
-            function = compile_function(self._function, tensors, expected)
+            function = compile_function(self._function, tensors)
             if function is None or all(map(_same, function(tensors), expected)):
                 return function
             reason = "compiled neurons compute other values"
@@ -82,20 +83,16 @@ def _kernel(function: Function, constants: tuple[Hashable, ...], form: tuple[Has
     return _Kernel(partial(function, *constants))
 
 
-def compile_function(function: Function, tensors: Tensors, results: Tensors) -> Callable[[Tensors], Tensors] | None:
+def compile_function(function: Function, tensors: Tensors) -> Callable[[Tensors], Results] | None:
     """Compile a function for tensors of the form of `tensors` and any N.
 
-    results: what the function returns for `tensors`; the compiled one returns None where these are None. Returns None
-    if the function has an operation that torch and its compiler may round differently.
+    Returns None if it has an operation that torch and its compiler may round differently.
     """
-    from torch.fx.experimental.proxy_tensor import (
-        make_fx,
-    )  # imported only here, because it loads a part of the compiler
+    from torch.fx.experimental.proxy_tensor import make_fx  # only here, because it loads a part of the compiler
 
-    def on_present(*present: Tensor) -> tuple[Tensor, ...]:
+    def on_present(*present: Tensor) -> Results:
         remaining = iter(present)
-        outputs = function(*(x if x is None else next(remaining) for x in tensors), in_place=False)
-        return tuple(y for y in outputs if y is not None)
+        return function(*(x if x is None else next(remaining) for x in tensors), in_place=False)
 
     def without_none(tensors: Tensors) -> list[Tensor]:
         return [x.data for x in tensors if x is not None]  # data: for a view, torch would also guard its base tensor
@@ -109,12 +106,10 @@ def compile_function(function: Function, tensors: Tensors, results: Tensors) -> 
         return None
     # one thread, because there is only one function to compile
     fast = torch.compile(graph, dynamic=True, fullgraph=True, options={"compile_threads": 1})
-    absent = [y is None for y in results]
 
-    def run(tensors: Tensors) -> Tensors:
+    def run(tensors: Tensors) -> Results:
         with torch.autocast("cpu", enabled=False):  # otherwise torch compiles once with and once without autocast
-            outputs = iter(fast(*without_none(tensors)))
-        return tuple(None if none else next(outputs) for none in absent)
+            return tuple(fast(*without_none(tensors)))
 
     return run
 
@@ -124,8 +119,8 @@ def quiet_compiler() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @cache

@@ -44,14 +44,16 @@ def multistep_lif(
     current: [T, B, ...], or [1, B, ...] for a current that is the same at all steps. state: potential and spikes
     [B, ...] before the first step, None at rest. On a GPU, the kernels of `triton_lif` run the cases they support.
     """
-    kernels = gpu_kernels(current, constants.tau, constants.surrogate)
-    if kernels is not None:
-        potentials, spikes = kernels.triton_lif(current, state, constants)
-        return potentials, spikes
-    before = (None, None) if state is None else state
-    tau = constants.tau
-    u, spikes = _MultiStep.apply(current, *before, tau.to(current) if isinstance(tau, Tensor) else tau, constants)
-    return u, spikes
+    tau = constants.tau.to(current) if isinstance(constants.tau, Tensor) else constants.tau
+    if state is not None:  # what the first step leaves of it is added to the current of neurons at rest
+        before, spikes = state
+        spikes = spikes.detach() if constants.detach_reset else spikes
+        left = _leak(tau, 0) * _after_reset(before, spikes, constants.v_threshold, constants.hard)
+        steps = current.expand(constants.steps, *current.shape[1:])
+        current = torch.cat([(left + steps[0])[None], steps[1:]])
+    kernels = gpu_kernels(current, tau, constants.surrogate)
+    u, fired = _MultiStep.apply(current, tau, constants) if kernels is None else kernels.triton_lif(current, constants)
+    return u, fired
 
 
 def gpu_kernels(x: Tensor, tau: Leak, surrogate: Surrogate) -> Any:
@@ -76,13 +78,11 @@ def _triton_lif() -> Any:
 
 class _MultiStep(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, current: Tensor, u_before: Tensor | None, spikes_before: Tensor | None, tau: Leak, lif: LIFConstants
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, current: Tensor, tau: Leak, lif: LIFConstants) -> tuple[Tensor, Tensor]:
         constants = lif.steps, tau, lif.v_threshold, lif.hard
         # not compiled in 16 bits, because single steps round after every operation and a compiled loop does not
-        u, spikes = _run(_forward, constants, (current, u_before, spikes_before), compiles=current.dtype.itemsize >= 4)
-        ctx.save_for_backward(u, u_before, spikes_before, tau if isinstance(tau, Tensor) else None)
+        u, spikes = _run(_forward, constants, (current,), compiles=current.dtype.itemsize >= 4)
+        ctx.save_for_backward(u, tau if isinstance(tau, Tensor) else None)
         ctx.tau, ctx.lif, ctx.held = tau, lif, len(current) < lif.steps
         ctx.set_materialize_grads(False)
         return u, spikes
@@ -90,12 +90,12 @@ class _MultiStep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        u, u_before, spikes_before, leaks = ctx.saved_tensors
+        u, leaks = ctx.saved_tensors
         tau, lif = ctx.tau if leaks is None else leaks, ctx.lif
-        to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[3] else None
+        to_tau = torch.zeros_like(leaks) if leaks is not None and ctx.needs_input_grad[1] else None
         function = _backward if to_tau is None else partial(_backward, to_tau=to_tau)
         constants = tau, lif.v_threshold, lif.hard, lif.surrogate.derivative, lif.detach_reset, ctx.held
-        return *_run(function, constants, (u, *grads, u_before, spikes_before)), to_tau, None
+        return *_run(function, constants, (u, *grads)), to_tau, None
 
 
 def _run(function: compiled.Function, constants: tuple[Any, ...], tensors: Any, *, compiles: bool = True) -> Any:
@@ -107,21 +107,15 @@ def _run(function: compiled.Function, constants: tuple[Any, ...], tensors: Any, 
         return function(*constants, *tensors, in_place=not whole)
     order = MemoryOrder.of(tensors[0])
     results = compiled.run(function, constants, tuple(map(order.flattened, tensors)), compiles=compiles)
-    return tuple(y if y is None else order.restored(y) for y in results)
+    return tuple(map(order.restored, results))
 
 
 def _forward(
-    steps: int,
-    tau: Leak,
-    v_threshold: float,
-    hard: bool,
-    current: Tensor,
-    u: Tensor | None,
-    spikes: Tensor | None,
-    *,
-    in_place: bool,
+    steps: int, tau: Leak, v_threshold: float, hard: bool, current: Tensor, *, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return potentials and spikes [T, ...] for a current [T, ...] or [1, ...] and the state u, spikes [...] before."""
+    """Return potentials and spikes [T, ...] for a current [T, ...] or [1, ...]."""
+    u: Tensor | None = None
+    spikes: Tensor | None = None
     held = len(current) < steps
     potentials, fired = _Rows(current, steps, in_place), _Rows(current, steps, in_place)
     for t in range(steps):
@@ -129,7 +123,7 @@ def _forward(
         if u is None or spikes is None:
             u = torch.mul(now, 1, out=row)
         elif hard and not isinstance(tau, Tensor) and _exact(tau, u.dtype):
-            u = torch.addcmul(now, u, _compared(torch.lt, u, v_threshold) if t else 1 - spikes, value=tau, out=row)
+            u = torch.addcmul(now, u, _compared(torch.lt, u, v_threshold), value=tau, out=row)
         else:
             u = torch.add(torch.mul(_after_reset(u, spikes, v_threshold, hard), _leak(tau, t), out=row), now, out=row)
         spikes = _compared(torch.ge, u, v_threshold, fired.row(t))
@@ -148,13 +142,11 @@ def _backward(
     u: Tensor,
     grad_u: Tensor | None,
     grad_spikes: Tensor | None,
-    u_before: Tensor | None,
-    spikes_before: Tensor | None,
     *,
     in_place: bool,
     to_tau: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients in the current and in the state before, from those in potentials u and spikes.
+) -> tuple[Tensor]:
+    """Return the gradient in the current, from those in potentials u and spikes.
 
     to_tau [T, ...]: is filled with the gradient in the leaks.
     """
@@ -176,22 +168,13 @@ def _backward(
             total = d if total is None else total + d
         else:
             to_current.put(t, d)
-        first = u_before if t == 0 else u[t - 1]
-        if first is None:
-            break
-        if to_tau is not None:
-            fired = spikes_before if t == 0 else (u[t - 1] >= v_threshold).to(u.dtype)
-            assert fired is not None
-            to_tau[t] = (d * _after_reset(first, fired, v_threshold, hard)).sum(0).sum_to_size(to_tau[t].shape)
-        later = d * _leak(tau, t)
+        if to_tau is not None and t:
+            fired = (u[t - 1] >= v_threshold).to(u.dtype)
+            to_tau[t] = (d * _after_reset(u[t - 1], fired, v_threshold, hard)).sum(0).sum_to_size(to_tau[t].shape)
+        later = d * _leak(tau, t) if t else None
     if total is not None:
         to_current.put(0, total)
-    to_u = to_spikes = None
-    if u_before is not None and spikes_before is not None and later is not None:
-        to_u = (later * (1 - spikes_before) if hard else later).to(u.dtype)
-        if not detach_reset:
-            to_spikes = (-later * (u_before if hard else v_threshold)).to(u.dtype)
-    return to_current.whole(), to_u, to_spikes
+    return (to_current.whole(),)
 
 
 class _Rows:

@@ -47,7 +47,7 @@ class TdBN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.synchronised and self.training and distributed.is_initialized():
             running = self.running_mean, self.running_var
-            return joint_norm(x, *running, self.scale, self.bias, momentum=self.momentum, eps=self.eps)
+            return _JointNorm.apply(x, self.scale, self.bias, *running, self.momentum, self.eps)
         return F.batch_norm(
             x,
             self.running_mean,
@@ -85,17 +85,9 @@ def frozen_statistics(*models: nn.Module) -> Iterator[None]:
                 norm.num_batches_tracked = batches
 
 
-def joint_norm(
-    x: Tensor, mean: Tensor, var: Tensor, scale: Tensor, bias: Tensor, *, momentum: float, eps: float
-) -> Tensor:
-    """Return `F.batch_norm` in train mode for x [N, C, ...], over the batches of all processes.
-
-    mean, var [C]: the running statistics, which are updated in place.
-    """
-    return _JointNorm.apply(x, scale, bias, mean, var, momentum, eps)
-
-
 class _JointNorm(torch.autograd.Function):
+    """`F.batch_norm` in train mode over the batches of all processes; updates the running `mean` and `var` in place."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float

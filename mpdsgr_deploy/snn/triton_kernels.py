@@ -55,21 +55,8 @@ def _current(x, at, inside, mean, factor, bias, NORM: tl.constexpr):
 
 
 @triton.jit
-def _first(u_first, spikes_first, at, inside, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the state before the first step; at rest it is zero."""
-    u = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    spikes = u
-    if u_first is not None:
-        u = tl.load(u_first + at, mask=inside, other=0).to(tl.float32)
-        spikes = tl.load(spikes_first + at, mask=inside, other=0).to(tl.float32)
-    return u, spikes
-
-
-@triton.jit
 def lif_forward(
     x,  # [S, N]
-    u_first,  # [N], as spikes_first: the state before the first step; None: at rest
-    spikes_first,
     mean,  # [C], as factor and bias: the current is (x - mean) factor + bias; None: it is x
     factor,
     bias,
@@ -103,7 +90,8 @@ def lif_forward(
         mean = tl.load(mean + channel, mask=channel < C, other=0)
         factor = tl.load(factor + channel, mask=channel < C, other=0)
         bias = tl.load(bias + channel, mask=channel < C, other=0)
-    u, fired = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
+    u = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    fired = u
     if HELD:
         current = _current(x, at, inside, mean, factor, bias, NORM)
     for t in range(T):
@@ -131,8 +119,6 @@ def lif_forward(
 @triton.jit
 def lif_backward(
     x,  # as in lif_forward; None where nothing needs it
-    u_first,
-    spikes_first,
     mean,
     factor,
     deviation,  # [C]: 1 / sqrt(variance + eps)
@@ -142,8 +128,6 @@ def lif_backward(
     slope,  # [T, C] or None, as constant: slope U_t + constant is the gradient in U_t through the moments
     constant,
     to_x,  # [S, N]: the gradient in the current; in x itself if FROZEN
-    to_u_first,
-    to_spikes_first,
     sums,  # [P, C] or None, as products: a program's sum of the gradient in the current, and of it times x normalised
     products,
     tau,
@@ -211,13 +195,6 @@ def lif_backward(
         place = program * C + column
         tl.store(sums + place, tl.sum(tl.where(inside, total, 0.0), 0), mask=column < C)
         tl.store(products + place, tl.sum(tl.where(inside, product, 0.0), 0), mask=column < C)
-    if to_u_first is not None:
-        u_rest, spikes_rest = _first(u_first, spikes_first, at, inside, BLOCK_M, BLOCK_C)
-        back = later * (1.0 - spikes_rest) if HARD else later
-        tl.store(to_u_first + at, back.to(to_u_first.dtype.element_ty), mask=inside)
-        if not DETACH:
-            back = -later * u_rest if HARD else -later * v_threshold
-            tl.store(to_spikes_first + at, back.to(to_spikes_first.dtype.element_ty), mask=inside)
 
 
 @triton.jit

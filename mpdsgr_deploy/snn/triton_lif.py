@@ -48,14 +48,13 @@ class NormLIF(NamedTuple):
     moments: StepMoments | None
 
 
-def triton_lif(current: Tensor, state: tuple[Tensor, Tensor] | None, constants: LIFConstants) -> tuple[Tensor, Tensor]:
+def triton_lif(current: Tensor, constants: LIFConstants) -> tuple[Tensor, Tensor]:
     """Return potentials and spikes [T, B, ...] for a current [T, B, ...], or [1, B, ...] for one that does not change.
 
-    state: potential and spikes [B, ...] before the first step, None at rest.
+    The neurons are at rest before the first step.
     """
-    before = (None, None) if state is None else state
     task = _Task(constants, rounded=True, potentials=True, moments=False, frozen=False)
-    spikes, u, *_ = _Lif.apply(current, *before, None, None, None, None, task)
+    spikes, u, *_ = _Lif.apply(current, None, None, None, None, task)
     return u, spikes
 
 
@@ -78,7 +77,7 @@ def norm_lif(x: Tensor, norm: TdBN | None, constants: LIFConstants, *, observed:
             mean = mean.clone()  # the running mean may change before the backward pass
     frozen = norm is not None and not norm.training
     task = _Task(constants, rounded=False, potentials=observed, moments=observed, frozen=frozen)
-    spikes, u, *moments = _Lif.apply(x, None, None, scale, bias, mean, deviation, task)
+    spikes, u, *moments = _Lif.apply(x, scale, bias, mean, deviation, task)
     return NormLIF(spikes, u, StepMoments(*moments) if observed else None)
 
 
@@ -135,8 +134,6 @@ class _Lif(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        u_first: Tensor | None,
-        spikes_first: Tensor | None,
         scale: Tensor | None,
         bias: Tensor | None,
         mean: Tensor | None,
@@ -148,8 +145,6 @@ class _Lif(torch.autograd.Function):
         x = x if is_dense(x) else x.contiguous()
         cut = _tiles(x, scale is not None or task.moments)
         shape, stride = (T, *x.shape[1:]), (cut.N, *x.stride()[1:])
-        if u_first is not None and spikes_first is not None:
-            u_first, spikes_first = strided_as(u_first, stride[1:]), strided_as(spikes_first, stride[1:])
         spikes = x.new_empty_strided(shape, stride)
         dtype = x.dtype if task.rounded else torch.float32
         stored = task.potentials or any(ctx.needs_input_grad)
@@ -158,15 +153,15 @@ class _Lif(torch.autograd.Function):
         grid = cut.grid()
         partial = x.new_empty((3, grid[0], T, cut.C), dtype=torch.float32) if task.moments else None
         shared = {"T": T, "HELD": len(x) < T, "HARD": constants.hard, **cut.constants}
-        inputs = (x, u_first, spikes_first, mean, factor, bias)
+        inputs = (x, mean, factor, bias)
         outputs = (spikes, u_saved, *_each(partial, 3))
         numbers = (float(constants.tau), float(constants.v_threshold), *cut[:4])
         _launch(kernels.lif_forward, x, grid, *inputs, *outputs, *numbers, DTYPE=_TYPES[dtype], **shared)
         moments = (None, None, None) if partial is None else _merged(partial, cut)
         statistics = scale is not None and not task.frozen
         # the sums of tdBN's backward pass: for the gradient in x under its own statistics, or in lambda and beta
-        ctx.sums = statistics or any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(x if ctx.sums else None, *inputs[1:5], deviation, u_saved, moments[0])
+        ctx.sums = statistics or any(ctx.needs_input_grad[1:3])
+        ctx.save_for_backward(x if ctx.sums else None, mean, factor, deviation, u_saved, moments[0])
         ctx.task, ctx.cut, ctx.shared, ctx.statistics = task, cut, shared, statistics
         ctx.x = x.to("meta")  # keeps its type, shape and memory layout without its data
         ctx.set_materialize_grads(False)
@@ -178,8 +173,8 @@ class _Lif(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if all(grad is None for grad in grads):
-            return (None,) * 8
-        x, u_first, spikes_first, mean, factor, deviation, u_saved, mean_u = ctx.saved_tensors
+            return (None,) * 6
+        x, mean, factor, deviation, u_saved, mean_u = ctx.saved_tensors
         cut, constants = ctx.cut, ctx.task.constants
         device = next(grad for grad in grads if grad is not None).device
         to_x = torch.empty_like(ctx.x, device=device)
@@ -189,16 +184,14 @@ class _Lif(torch.autograd.Function):
         if grads[2] is not None or grads[3] is not None:
             slope = torch.zeros_like(mean_u) if grads[3] is None else grads[3] * (2 / cut.M)
             constant = -slope * mean_u if grads[2] is None else grads[2] / cut.M - slope * mean_u
-        to_u = None if u_first is None else torch.empty_like(u_first)
-        to_spikes = None if u_first is None or constants.detach_reset else torch.empty_like(spikes_first)
         grid = cut.grid()
         sums = to_x.new_empty((2, grid[0], cut.C), dtype=torch.float32) if ctx.sums else None
         _launch(
             kernels.lif_backward,
             to_x,
             grid,
-            *(x, u_first, spikes_first, mean, factor, deviation, u_saved, *received, slope, constant),
-            *(to_x, to_u, to_spikes, *_each(sums, 2)),
+            *(x, mean, factor, deviation, u_saved, *received, slope, constant),
+            *(to_x, *_each(sums, 2)),
             *(float(constants.tau), float(constants.v_threshold), float(constants.surrogate.parameter), *cut[:4]),
             **ctx.shared,
             DETACH=constants.detach_reset,
@@ -212,7 +205,7 @@ class _Lif(torch.autograd.Function):
             means = (total / (len(to_x) * cut.M) for total in (to_bias, to_scale))
             norms = (to_x, x, mean, deviation, factor, *means, *cut[:4])
             _launch(kernels.norm_backward, to_x, cut.grid(len(to_x)), *norms, **cut.constants)
-        return to_x, to_u, to_spikes, to_scale, to_bias, None, None, None
+        return to_x, to_scale, to_bias, None, None, None
 
 
 def _each(parts: Tensor | None, count: int) -> tuple[Tensor | None, ...]:
