@@ -7,8 +7,6 @@ everywhere), `rate` and `pdsg`. The suffix "+detached" detaches the reset, "+ave
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -30,21 +28,16 @@ def with_surrogate(model: SpikingNet, name: str) -> SpikingNet:
     kind, _, detached, averaged = parse_surrogate(name)
     if detached and not attacked.plain:
         raise InputError(f"surrogate {name!r}: only plain LIF neurons can detach their reset; leave {DETACHED} out")
-    backward: Callable[[LIF], LIF]
-    if kind in (RATE, PDSG):
-        backward = RateBackward if kind == RATE else SpreadBackward
-    elif averaged:
-        backward = partial(AveragedBackward, surrogate=make_surrogate(name))
-    else:
-        backward = partial(_through, surrogate=make_surrogate(name), detached=detached)
     for layer in attacked.layers():
-        layer.neuron = backward(layer.neuron)
+        if kind == RATE:
+            layer.neuron = RateBackward(layer.neuron)
+        elif kind == PDSG:
+            layer.neuron = SpreadBackward(layer.neuron)
+        elif averaged:
+            layer.neuron = AveragedBackward(layer.neuron, make_surrogate(name))
+        else:
+            layer.neuron.surrogate, layer.neuron.detach_reset = make_surrogate(name), detached
     return attacked
-
-
-def _through(neuron: LIF, surrogate: Surrogate, *, detached: bool) -> LIF:
-    neuron.surrogate, neuron.detach_reset = surrogate, detached
-    return neuron
 
 
 class OtherBackward(LIF):
@@ -126,9 +119,8 @@ class SpreadBackward(OtherBackward):
 def _gaussian(v: Tensor, potentials: Tensor) -> Tensor:
     """Return dO/dU [B, C, ...] or [B, N] at v = U - V_th, from the potentials [t, B, ...] of steps 1 to t."""
     axes = (0, *range(3, potentials.ndim)) if potentials.ndim > 3 else (0, 2)
-    std = (
-        torch.zeros(()) if math.prod(potentials.shape[i] for i in axes) == 1 else potentials.std(axes, keepdim=True)[0]
-    )
+    alone = math.prod(potentials.shape[i] for i in axes) == 1
+    std = torch.zeros(()) if alone else potentials.std(axes, keepdim=True)[0]
     s = torch.where(std > 0, std, 1.0)
     return torch.exp(-((v / s - 0.5) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
 

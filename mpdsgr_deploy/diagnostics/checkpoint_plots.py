@@ -12,7 +12,7 @@ from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.data.batches import generator
 from mpdsgr_deploy.data.images import name_sample
 from mpdsgr_deploy.diagnostics.distribution import measure
-from mpdsgr_deploy.diagnostics.distribution_plots import layer_channels, layer_steps, one_channel, overview
+from mpdsgr_deploy.diagnostics.distribution_plots import layer_channels, layer_steps, overview
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.diagnostics.picture import png
 from mpdsgr_deploy.lookup import choose
@@ -59,5 +59,5 @@ def plot_checkpoint(
             write_atomic(out / f"{name}-channels.png", png(layer_channels(layer)))
             for channel in channels:
                 if channel < layer.counts.shape[1]:
-                    write_atomic(out / f"{name}-channel-{channel}.png", png(one_channel(layer, channel)))
+                    write_atomic(out / f"{name}-channel-{channel}.png", png(layer_steps(layer, channel)))
     return name_sample(len(pixels), config.name), statistics

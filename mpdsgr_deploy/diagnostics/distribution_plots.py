@@ -52,11 +52,12 @@ def overview(layers: list[LayerStatistics]) -> Figure:
     return figure
 
 
-def layer_steps(layer: Distribution) -> Figure:
-    """Plot the potentials of all channels step by step."""
+def layer_steps(layer: Distribution, channel: int | None = None) -> Figure:
+    """Plot the potentials step by step: those of one channel, or of all channels together."""
     figure = Figure(figsize=(WIDTH, height(layer)))
-    draw_steps(figure, layer, None)
-    figure.suptitle(f"{layer.layer}: membrane potentials, all {layer.counts.shape[1]} channels")
+    draw_steps(figure, layer, channel)
+    which = f"all {layer.counts.shape[1]} channels" if channel is None else f"channel {channel}"
+    figure.suptitle(f"{layer.layer}: membrane potentials, {which}")
     return figure
 
 
@@ -79,14 +80,6 @@ def layer_channels(layer: Distribution) -> Figure:
     for part, channel, which in zip(others, (order[0], order[-1]), ("largest", "smallest"), strict=True):
         draw_steps(part, layer, int(channel))
         part.suptitle(f"{layer.layer}, channel {channel}: the {which} share in the window")
-    return figure
-
-
-def one_channel(layer: Distribution, channel: int) -> Figure:
-    """Plot the potentials of one channel step by step."""
-    figure = Figure(figsize=(WIDTH, height(layer)))
-    draw_steps(figure, layer, channel)
-    figure.suptitle(f"{layer.layer}: membrane potentials, channel {channel}")
     return figure
 
 

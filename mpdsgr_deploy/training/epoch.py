@@ -1,4 +1,4 @@
-"""Train for one epoch, and validate the result.
+"""Train for one epoch, and validate the result on clean and on attacked images.
 
 If the recipe asks for it, the network that is validated has an exponential moving average a of the weights w:
 
@@ -20,8 +20,10 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpdsgr_deploy.checkpoint import VALIDATION_PGD
 from mpdsgr_deploy.data.batches import augment, generator, shuffled_batches, take, to_unit
 from mpdsgr_deploy.defences import AnyDefence, Step
+from mpdsgr_deploy.defences.adversarial import AdversarialSettings, AdversarialTraining, deployed
 from mpdsgr_deploy.diagnostics.distribution import observe_layers
 from mpdsgr_deploy.diagnostics.layer_statistics import LayerStatistics
 from mpdsgr_deploy.errors import InputError
@@ -236,3 +238,26 @@ def measure_statistics(model: SpikingNet, batches: Iterable[Tensor], noise: torc
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def attack_epoch(learner: Learner, data: Data, epoch: int) -> dict[str, float]:
+    """Return {VALIDATION_PGD: accuracy in [0, 1]} on the first `training.attacked_images` validation images under PGD.
+
+    Without such images the result is {}. The attack is the PGD of the recipe's [attack], through the surrogate of
+    training and with a random start, on the network that is saved. The gradient of a stochastic network is that of one
+    draw of its noise, not the mean over `attack.draws`, so this accuracy is higher than under `mpdsgr validate`, and
+    only the latter measures robustness.
+    """
+    fabric, recipe = learner.fabric, learner.recipe
+    count, attack = min(recipe.training.attacked_images, len(data[1])), recipe.attack
+    if not count:
+        return {}
+    attacker = AdversarialTraining(AdversarialSettings(eps=attack.eps, steps=attack.steps, step=attack.step))
+    correct = torch.zeros((), device=fabric.device)
+    for number, clean, y in validation_batches(learner, data, count):
+        draw = generator(recipe.training.seed, "attacked validation", epoch, number)
+        with fabric.autocast():
+            attacked = attacker.examples(learner.judged, clean, y, draw)
+            with deployed(learner.judged, draw) as network, torch.no_grad():
+                correct += (network(attacked).argmax(1) == y).sum()
+    return {VALIDATION_PGD: float(torch.as_tensor(fabric.all_reduce(correct, reduce_op="sum"))) / count}

@@ -37,9 +37,8 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import parse, read_json
 from mpdsgr_deploy.snn import TdBN
-from mpdsgr_deploy.training.attacked_validation import attack_epoch
 from mpdsgr_deploy.training.board import display, open_board
-from mpdsgr_deploy.training.epoch import Data, Learner, settle_average, train_epoch, validate_epoch
+from mpdsgr_deploy.training.epoch import Data, Learner, attack_epoch, settle_average, train_epoch, validate_epoch
 from mpdsgr_deploy.training.identity import data_identity, refuse_changes, refuse_other_nodes
 from mpdsgr_deploy.training.launch import find_launch, make_fabric, run_processes
 from mpdsgr_deploy.training.preflight import preflight
