@@ -27,7 +27,7 @@ from mpdsgr_deploy.recipe import Data
 from mpdsgr_deploy.runtime import OnnxRuntime, open_predictor
 from mpdsgr_deploy.runtime.remote import RemoteModel
 from mpdsgr_deploy.surrogates import trained_surrogate
-from mpdsgr_deploy.training.trained_weights import find_weights
+from mpdsgr_deploy.training.training_state import find_weights
 
 # The surrogate of each library as it was trained. Norse 1.1 divides by (|x| + 1)^2 whatever its alpha.
 SURROGATES = {

@@ -17,7 +17,7 @@ from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training import train
 from mpdsgr_deploy.training.module_init import mapped_weights
-from mpdsgr_deploy.training.trained_weights import find_weights
+from mpdsgr_deploy.training.training_state import find_weights
 
 SHAPE, T = (1, 8, 8), 2
 RECIPE = {

@@ -76,7 +76,6 @@ class Neurons:
             self._give(jump, self._sized(jump, cotangent), node.output[0])
 
     def _sized(self, jump: Jump, cotangent: str) -> str:
-        """Multiply the cotangent by the size of the jump."""
         if jump.size == "one":
             return cotangent
         if jump.size == "two":

@@ -105,7 +105,6 @@ def still_right(xp: Array, logits: Array, y: Array) -> Array:
 def _last(
     xp: Array, target: Differentiable, start: Array, x: Array, y: Array, eps: float, step: float, steps: int
 ) -> Array:
-    """Return the last iterate of PGD from `start`."""
     adversarial = start
     for _ in range(steps):
         adversarial = project(adversarial + step * xp.sign(target(adversarial, y).gradient), x, eps)

@@ -74,7 +74,6 @@ class _Progress(NamedTuple):
 
 
 def _with_best(xp: Array, state: _Progress, answer: Gradient) -> _Progress:
-    """Update the iterate of the largest loss with the current one."""
     higher = answer.loss > state.largest
     return state._replace(
         best=xp.where(wide(higher), state.current, state.best),

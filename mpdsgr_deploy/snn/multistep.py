@@ -223,5 +223,4 @@ def _compared(compare: Callable[..., Any], u: Tensor, v_threshold: float, out: T
 
 
 def _after_reset(u: Tensor, spikes: Tensor, v_threshold: float, hard: bool) -> Tensor:
-    """Return the membrane potential after the reset."""
     return u * (1 - spikes) if hard else u - v_threshold * spikes

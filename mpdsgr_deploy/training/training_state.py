@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 import torch
 
 from mpdsgr_deploy.atomic_files import write_atomic
-from mpdsgr_deploy.checkpoint import Checkpoint, save_checkpoint
+from mpdsgr_deploy.bundle import MANIFEST, WEIGHTS, open_bundle
+from mpdsgr_deploy.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.errors import InputError, explained
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.models.module_by_name import find_module
 from mpdsgr_deploy.models.time_steps import per_step_names
+from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.training.epoch import Learner
 from mpdsgr_deploy.training.identity import refuse_other_data
 from mpdsgr_deploy.training.module_init import mapped_weights, start_from_module, weights_sha256
-from mpdsgr_deploy.training.trained_weights import TrainedWeights, find_weights
 
 STATE = "state.pt"
 COMPARED = 500  # training images on which a module and the network that starts from it are compared
@@ -34,6 +35,60 @@ class Past(NamedTuple):
 
     history: list[dict[str, Any]]
     init: dict[str, Any] | None = None
+
+
+class TrainedWeights(NamedTuple):
+    """A safetensors file of weights, and facts about the network and its training.
+
+    sha256: of the file. shape: (C, H, W) of the images. epoch: the epoch, counted from 1, after which the weights were
+    saved. init: the `Checkpoint.init` of that training, which bundles do not record.
+    """
+
+    file: Path
+    sha256: str
+    recipe: Recipe
+    shape: tuple[int, int, int]
+    labels: tuple[str, ...]
+    epoch: int
+    provenance: dict[str, Any]
+    init: dict[str, Any] | None = None
+
+
+def find_weights(path: Path) -> TrainedWeights:
+    """Find the weights in a bundle, a training run (its last epoch's) or a checkpoint.
+
+    Raises InputError as `open_bundle` and `load_checkpoint` do, for a directory that is none of these, and for a bundle
+    whose network was not trained by this package.
+    """
+    if (path / MANIFEST).is_file():
+        return _of_bundle(path)
+    directory = find_checkpoint(path)
+    checkpoint = load_checkpoint(directory)
+    file = directory / checkpoint.weights
+    return TrainedWeights(
+        file,
+        checkpoint.weights_sha256,
+        checkpoint.recipe,
+        checkpoint.shape,
+        checkpoint.labels,
+        checkpoint.epoch,
+        checkpoint.provenance,
+        checkpoint.init,
+    )
+
+
+def _of_bundle(path: Path) -> TrainedWeights:
+    bundle = open_bundle(path)
+    manifest, history = bundle.manifest, bundle.manifest.provenance
+    return TrainedWeights(
+        bundle.weights("give --init the torch module it was made from (package.module:function)"),
+        manifest.files[WEIGHTS],
+        manifest.recipe,
+        manifest.input_shape,
+        manifest.labels,
+        history["epoch"],
+        history["training"],
+    )
 
 
 def begin(learner: Learner, training: Images, out: Path, init: Path | str | None, data: dict[str, Any]) -> Past:

@@ -9,7 +9,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from mpdsgr_deploy.attack_graph.rules.common import Rule, multiplied, only, plane
-from mpdsgr_deploy.attack_graph.rules.products import explicit_pads
+from mpdsgr_deploy.attack_graph.rules.products import Window, window_of
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import attribute
 
@@ -34,12 +34,12 @@ def _average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | N
 
 def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> str:
     """Differentiate average pooling of any stride and padding."""
-    x, y, kernel, strides, dilations, before = _windows(tape, node)
+    x, y, window = _windows(tape, node)
+    kernel, strides, dilations, before, after = window
     count_pads = attribute(node, "count_include_pad", 0)
     if count_pads and not attribute(node, "ceil_mode", 0):
         share = tape.emit("Mul", cotangent, tape.constant(1 / prod(kernel)))
     else:
-        after = explicit_pads(node, x, kernel)[1]
         counts = []
         for axis in range(len(x)):
             low, high = (-before[axis], x[axis] + after[axis]) if count_pads else (0, x[axis])
@@ -53,25 +53,21 @@ def _overlapping_average(tape: Tape, node: onnx.NodeProto, cotangent: str) -> st
     if not isinstance(channels, int):
         raise refuse(node, "pools an unknown number of channels")
     weights = tape.constant(np.ones((channels, 1, *kernel)))
-    return _placed(tape, share, weights, channels, (x, y, kernel, strides, dilations, before))
+    return _placed(tape, share, weights, channels, x, y, window)
 
 
-Windows = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], list[int]]
-
-
-def _windows(tape: Tape, node: onnx.NodeProto) -> Windows:
-    """Return sizes of input and output, kernel, strides, dilations, and padding before the first value."""
-    kernel = attribute(node, "kernel_shape", ())
+def _windows(tape: Tape, node: onnx.NodeProto) -> tuple[tuple[int, ...], tuple[int, ...], Window]:
+    """Return the spatial sizes of a pooling's input and output, and its window."""
     x, y = plane(tape, node, node.input[0]), plane(tape, node, node.output[0])
-    ones = (1,) * len(x)
-    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
-    return x, y, kernel, strides, dilations, explicit_pads(node, x, kernel)[0]
+    return x, y, window_of(node, x, attribute(node, "kernel_shape", ()))
 
 
-def _placed(tape: Tape, value: str, weights: str, channels: int, windows: Windows) -> str:
+def _placed(
+    tape: Tape, value: str, weights: str, channels: int, x: Sequence[int], y: Sequence[int], window: Window
+) -> str:
     """Sum the values of all windows at the positions they came from, by a transposed convolution per channel."""
-    x, y, kernel, strides, dilations, before = windows
-    covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
+    kernel, strides, dilations, before, _ = window
+    covered = window.covered(y)
     # positions beyond the input on either side are cut off; positions that no window reaches are padded with zeros
     after = [max(0, c - b - n) for c, b, n in zip(covered, before, x, strict=True)]
     spread = tape.emit(
@@ -96,13 +92,13 @@ def _max_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]
     Spikes have many ties, and sharing the cotangent among them would give another gradient. The rule uses comparisons
     and a transposed convolution, because not every backend returns the indices of maxima.
     """
-    windows = x, y, kernel, strides, dilations, before = _windows(tape, node)
+    x, y, window = _windows(tape, node)
+    kernel, strides, dilations, before, _ = window
     channels = tape.shape(node.input[0])[1]
     if not isinstance(channels, int) or attribute(node, "storage_order", 0):
         raise refuse(node, "pools an unknown number of channels, or by columns")
     axes = tape.integers(*range(2, len(x) + 2))
-    covered = [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in zip(strides, y, kernel, dilations, strict=True)]
-    after = [max(0, c - b - n) for c, b, n in zip(covered, before, x, strict=True)]
+    after = [max(0, c - b - n) for c, b, n in zip(window.covered(y), before, x, strict=True)]
     padded = tape.float32(node.input[0])
     if any(before) or any(after):
         pads = tape.integers(0, 0, *before, 0, 0, *after)
@@ -121,7 +117,7 @@ def _max_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]
     weights = np.zeros((channels * len(parts), 1, *kernel), np.float32)
     for number, offset in enumerate(np.ndindex(*kernel)):
         weights[number :: len(parts), 0][(slice(None), *offset)] = 1
-    tape.give(node.input[0], _placed(tape, flat, tape.constant(weights), channels, windows))
+    tape.give(node.input[0], _placed(tape, flat, tape.constant(weights), channels, x, y, window))
 
 
 def _global_average_pool(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:

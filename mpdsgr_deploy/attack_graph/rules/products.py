@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -11,31 +12,42 @@ from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.onnx_files import attribute
 
 
-def explicit_pads(node: onnx.NodeProto, x: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the padding of a convolution or pooling before and after each axis, also if it is automatic.
+class Window(NamedTuple):
+    """How a convolution or pooling moves along each axis. before, after: the padding, also if it is automatic."""
 
-    x: the spatial sizes of the input.
-    """
-    ones = (1,) * len(x)
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    before: list[int]
+    after: list[int]
+
+    def covered(self, count: Sequence[int]) -> list[int]:
+        """Return how many values `count` windows cover along each axis, padding included."""
+        sizes = zip(self.strides, count, self.kernel, self.dilations, strict=True)
+        return [s * (n - 1) + (k - 1) * d + 1 for s, n, k, d in sizes]
+
+
+def window_of(node: onnx.NodeProto, x: Sequence[int], kernel: tuple[int, ...]) -> Window:
+    """Return the window of a node whose input has the spatial sizes x."""
+    ones, zeros = (1,) * len(x), (0, 0) * len(x)
     strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
     automatic = attribute(node, "auto_pad", b"NOTSET")
     if automatic in (b"SAME_UPPER", b"SAME_LOWER"):
-        wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-        total = [max(0, (-(-n // s) - 1) * s + w - n) for n, s, w in zip(x, strides, wide, strict=True)]
+        sizes = zip(x, strides, kernel, dilations, strict=True)
+        total = [max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n) for n, s, k, d in sizes]
         smaller, larger = [t // 2 for t in total], [t - t // 2 for t in total]
-        return (smaller, larger) if automatic == b"SAME_UPPER" else (larger, smaller)
-    pads = attribute(node, "pads", (0, 0) * len(x)) if automatic == b"NOTSET" else (0, 0) * len(x)
-    return list(pads[: len(x)]), list(pads[len(x) :])
+        pads = (smaller, larger) if automatic == b"SAME_UPPER" else (larger, smaller)
+        return Window(kernel, strides, dilations, *pads)
+    named = attribute(node, "pads", zeros) if automatic == b"NOTSET" else zeros
+    return Window(kernel, strides, dilations, list(named[: len(x)]), list(named[len(x) :]))
 
 
 def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
     """Differentiate a convolution: with stride 1 by one with flipped, transposed weights, else by a transposed one."""
     weights = constant_weights(tape, node)
     x, y, kernel = (plane(tape, node, value) for value in (node.input[0], node.output[0], node.input[1]))
-    ones = (1,) * len(x)
-    strides, dilations = attribute(node, "strides", ones), attribute(node, "dilations", ones)
-    groups = attribute(node, "group", 1)
-    before, after = explicit_pads(node, x, kernel)
+    ones, groups = (1,) * len(x), attribute(node, "group", 1)
+    _, strides, dilations, before, after = window = window_of(node, x, kernel)
     if strides == ones and dilations == ones and groups == 1:
         flipped = tape.emit("Transpose", weights, perm=[1, 0, *range(2, len(x) + 2)])
         if prod(kernel) > 1:
@@ -46,10 +58,8 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
         if min(pads) >= 0:
             tape.give(node.input[0], tape.emit("Conv", only(cotangents), flipped, kernel_shape=kernel, pads=pads))
             return
-    wide = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
-    covered = [s * (n - 1) + w for s, n, w in zip(strides, y, wide, strict=True)]
     # rows and columns after the last window
-    uncovered = [n + a + b - c for n, a, b, c in zip(x, before, after, covered, strict=True)]
+    uncovered = [n + a + b - c for n, a, b, c in zip(x, before, after, window.covered(y), strict=True)]
     further = {name: value for name, value in (("dilations", dilations), ("group", groups)) if value not in (ones, 1)}
     spread = tape.emit(
         "ConvTranspose",
