@@ -1,7 +1,7 @@
 """Derive the attack graph of an inference graph: the same nodes, the losses, and the backward pass."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -15,10 +15,9 @@ from mpdsgr_deploy.attack_graph.rules import RULES
 from mpdsgr_deploy.attack_graph.tape import Tape, refuse
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import CE, CLASSES, DLR, GRADIENT, LOSS, WEIGHTED, WIDTH, read_network
-from mpdsgr_deploy.surrogates import ADAPTIVE, parse_surrogate
+from mpdsgr_deploy.surrogates import parse_surrogate
 
 TINY = 1e-12  # keeps DLR finite if three logits are equal
-OUTPUTS = (CE, DLR, GRADIENT)  # outputs of the attack graph in addition to the logits
 
 
 class Losses(NamedTuple):
@@ -113,11 +112,20 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
     images, logits = network.graph.input[0], network.graph.output[0]
     tape = Tape(network, images.name)
     jumps = find_jumps(tape)
-    neurons = Neurons(tape, jumps, group(tape, jumps), kind, detached=detached, averaged=averaged)
-    states = list(tape.graph.input)[len(network.graph.input) :] if kind == ADAPTIVE else []
     batch, count = tape.shape(images.name)[0], tape.shape(logits.name)[-1]
     if not isinstance(count, int) or not tape.depends(logits.name):
         raise InputError("no attack graph: the network's output is not a vector of logits that depends on its input")
+    # before the state of the surrogate `adaptive`, which follows them in the graph
+    inputs: dict[str, Any] = {WEIGHTED: [batch, count], WIDTH: []}
+    outputs: dict[str, Any] = {GRADIENT: tape.shape(images.name)}
+    if not weighted:
+        inputs, outputs = {CLASSES: [batch], WIDTH: [], LOSS: []}, {CE: [batch], DLR: [batch], **outputs}
+    for name, shape in inputs.items():
+        dtype = TensorProto.INT64 if name == CLASSES else TensorProto.FLOAT
+        tape.graph.input.append(helper.make_tensor_value_info(name, dtype, shape))
+    for name, shape in outputs.items():
+        tape.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    neurons = Neurons(tape, jumps, group(tape, jumps), kind, detached=detached, averaged=averaged)
     tape.give(logits.name, WEIGHTED if weighted else _loss_gradient(tape, logits.name, count))
     for node in reversed(tape.forward):
         _differentiate(tape, neurons, node)
@@ -125,22 +133,6 @@ def attack_graph(network: onnx.ModelProto, surrogate: str, *, weighted: bool = F
     if gradient is None:
         raise InputError("no attack graph: no gradient reaches the images, so there is nothing to attack through")
     tape.emit("Identity", gradient, name=GRADIENT)
-    del tape.graph.input[len(network.graph.input) :]
-    width = helper.make_tensor_value_info(WIDTH, TensorProto.FLOAT, [])
-    if weighted:
-        added_inputs = [helper.make_tensor_value_info(WEIGHTED, TensorProto.FLOAT, [batch, count]), width]
-    else:
-        classes = helper.make_tensor_value_info(CLASSES, TensorProto.INT64, [batch])
-        added_inputs = [classes, width, helper.make_tensor_value_info(LOSS, TensorProto.FLOAT, [])]
-    tape.graph.input.extend([*added_inputs, *states])
-    shapes = {CE: [batch], DLR: [batch], GRADIENT: tape.shape(images.name)}
-    added_outputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name])
-        for name in (OUTPUTS[-1:] if weighted else OUTPUTS)
-    ]
-    state_outputs = list(tape.graph.output)[1:]
-    del tape.graph.output[1:]
-    tape.graph.output.extend([*added_outputs, *state_outputs])
     return tape.network
 
 

@@ -103,7 +103,7 @@ class _Finder:
             self._jump(node, self.signs[inputs[0]], "one")
             self.binary.add(node.output[0])
         else:
-            self._other(node, inputs, reached)
+            self._other(node, inputs)
 
     def _compare(self, node: onnx.NodeProto) -> Inequality | None:
         above, below = node.input if node.op_type.startswith("Greater") else reversed(node.input)
@@ -165,7 +165,7 @@ class _Finder:
             return 0.0 if len(others) == 1 and self.tape.array(others[0]) is not None else None
         return self.tape.scalar(branch)
 
-    def _other(self, node: onnx.NodeProto, inputs: list[str], reached: list[str]) -> None:
+    def _other(self, node: onnx.NodeProto, inputs: list[str]) -> None:
         decided = any(name in self.decided for name in inputs)
         after_sign = any(name in self.signs for name in inputs) and node.op_type not in LINEAR
         if decided or after_sign or node.op_type in STEPS | UNROLL or any(a.HasField("g") for a in node.attribute):

@@ -127,9 +127,8 @@ def _round(
     gains = _gains(network, active, proposals, before, levels) if search.candidates else ranks
     made_before = [len(r.edits) for r in active]
     for recording, edits, gained in zip(active, proposals, gains, strict=True):
-        _keep(
-            recording, edits, gained, len(edits) if most is None else min(most, budget - len(recording.edits)), levels
-        )
+        allowed = len(edits) if most is None else min(most, budget - len(recording.edits))
+        _keep(recording, edits, gained, allowed, levels)
     logits = network(_frames([r.counts for r in active], levels))
     gained_by_all = best_wrong(logits, labels).value - before
     for recording, label, number_before, gain in zip(active, logits.argmax(1), made_before, gained_by_all, strict=True):

@@ -56,13 +56,9 @@ class Journal:
         try:
             with np.load(self._file(name, rows.start), allow_pickle=False) as archive:
                 images, predicted, counts = archive["images"], archive["predicted"], archive["counts"]
-                if (
-                    images.shape != shape
-                    or predicted.shape != shape[:1]
-                    or counts.shape != (len(Attacked._fields) - 1,)
-                ):
-                    return None
-                return Part(rows, Attacked(images, *map(int, counts)), predicted)
+            if (images.shape, predicted.shape, counts.shape) != (shape, shape[:1], (len(Attacked._fields) - 1,)):
+                return None
+            return Part(rows, Attacked(images, *map(int, counts)), predicted)
         except (OSError, ValueError, KeyError, BadZipFile):
             return None
 

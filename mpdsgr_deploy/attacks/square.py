@@ -105,9 +105,8 @@ def _propose(
     step = np.float32(eps) * _signs(words[:, 2:], channels)[:, :, None, None]
     clean, best = x[active], state.images[active]
     proposal = np.where(inside, project(clean + step, clean, eps), best)
-    idle = (proposal == best).all(
-        (1, 2, 3)
-    )  # the proposal changes nothing, so the square of the opposite signs is proposed
+    # where the proposal changes nothing, the square of the opposite signs is proposed
+    idle = (proposal == best).all((1, 2, 3))
     proposal[idle] = np.where(inside[idle], project(clean[idle] - step[idle], clean[idle], eps), best[idle])
     margin, standing = _judge(predictor(proposal), y[active])
     better = (margin <= state.margin[active]) | ~standing

@@ -6,6 +6,7 @@ the attacked images only.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from mpdsgr_deploy.attacks.torch_target import frozen, input_gradient
 from mpdsgr_deploy.defences.base import Defence, register
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.models.simplify import simplify
-from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.schema import Count, Positive, Section, UnitInterval
 
 
@@ -56,8 +56,5 @@ class AdversarialTraining(Defence[AdversarialSettings]):
             return (2 * torch.rand(shape, generator=draw) - 1).to(x.device)
 
         with deployed(model, draw) as network:
-
-            def target(x: Tensor, y: Tensor) -> Gradient:
-                return input_gradient(network, x, y)
-
+            target = partial(input_gradient, network)
             return pgd(target, x, y, eps=config.eps, step=config.step, steps=config.steps, draw=start)

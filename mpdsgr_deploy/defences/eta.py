@@ -29,9 +29,8 @@ COMPARED: Any = {
     "neuron": True,
     "encoding": True,
 }
-RECENT = (
-    3  # epochs whose validation accuracy is averaged; that of one, on 1,000 images, is uncertain by a percentage point
-)
+# epochs whose validation accuracy is averaged; that of one, on 1,000 images, is uncertain by a percentage point
+RECENT = 3
 
 
 def step_to_omega(omegas: Sequence[float], target: float) -> float:

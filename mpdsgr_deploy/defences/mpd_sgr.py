@@ -38,17 +38,13 @@ class MPDSGRSettings(Section):
     reference: str | None = None  # directory of a run trained without the regulariser
 
     @model_validator(mode="after")
-    def _one_budget(self) -> "MPDSGRSettings":
+    def _fit_together(self) -> "MPDSGRSettings":
         if (self.max_drop is None) != (self.reference is None):
             raise ValueError("max_drop and reference belong together; give both or neither")
         if self.target_omega is not None and self.max_drop is not None:
             raise ValueError("target_omega and max_drop are two budgets for one eta; give one of them")
         if self.eta == 0 and (self.target_omega or self.max_drop):
             raise ValueError("a budget multiplies eta after every epoch, so eta must start above 0")
-        return self
-
-    @model_validator(mode="after")
-    def _reach_is_a_window(self) -> "MPDSGRSettings":
         if self.window == "reach" and self.measure != "overlap":
             raise ValueError("window 'reach' works only with measure 'overlap'; leave out measure")
         return self

@@ -3,6 +3,8 @@
 weight * KL(softmax f(x) || softmax f(x')),   x' = argmax of the same divergence within eps of x
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +15,6 @@ from mpdsgr_deploy.defences.adversarial import AdversarialSettings, deployed
 from mpdsgr_deploy.defences.base import Defence, Step, Term, register
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.protocols import Gradient
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.schema import NonNegative
 
@@ -62,10 +63,7 @@ class Trades(Defence[TradesSettings]):
             return (START / config.eps * torch.randn(shape, generator=draw)).to(x.device)
 
         with deployed(model, draw) as network:
-
-            def target(x: Tensor, probabilities: Tensor) -> Gradient:
-                return input_gradient(network, x, probabilities, divergence)
-
+            target = partial(input_gradient, network, loss=divergence)
             with torch.no_grad():
                 clean = network(x).float().softmax(1)
             return pgd(target, x, clean, eps=config.eps, step=config.step, steps=config.steps, draw=start)

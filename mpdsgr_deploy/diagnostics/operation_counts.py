@@ -6,7 +6,7 @@ from typing import NamedTuple
 import onnx
 from onnx import TensorProto
 
-from mpdsgr_deploy.onnx_files import PRODUCTS
+from mpdsgr_deploy.onnx_files import PRODUCTS, attribute
 
 QUANTISING = ("QuantizeLinear", "DequantizeLinear")
 NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT8, TensorProto.FLOAT8E4M3FN}
@@ -42,7 +42,7 @@ def macs(network: onnx.ModelProto, T: int) -> Macs:
         if node.op_type not in PRODUCTS:
             continue
         weight, output = shapes[node.input[1]], shapes[node.output[0]]
-        transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+        transposed = node.op_type == "Gemm" and attribute(node, "transB", 0)
         # number of products in one output: weights are [O, I, kh, kw], [O, I] in a transposed Gemm, or [I, O]
         summed = prod(weight[1:]) if node.op_type == "Conv" or transposed else weight[0]
         per_step = prod(output[1:]) * summed

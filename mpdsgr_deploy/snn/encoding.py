@@ -42,9 +42,7 @@ def straight_through(rounded: Tensor, x: Tensor) -> Tensor:
     """Return `rounded`, the rounded values of x, with the gradient of x."""
     if not torch.is_grad_enabled():  # the ONNX exporter traces this path
         return rounded
-    return rounded + (
-        x - x.detach()
-    )  # the second term is zero in the forward pass and the identity in the backward pass
+    return rounded + (x - x.detach())  # plus 0 in the forward pass, whose gradient is the identity
 
 
 class Poisson(Encoding):

@@ -100,10 +100,8 @@ class _MultiStep(torch.autograd.Function):
 
 def _run(function: compiled.Function, constants: tuple[Any, ...], tensors: Any, *, compiles: bool = True) -> Any:
     """Return function(*constants, *tensors, in_place=...), compiled if possible and worthwhile."""
-    whole = torch.compiler.is_compiling()
-    if whole or any(
-        isinstance(constant, Tensor) for constant in constants
-    ):  # leaks that are tensors are not elementwise
+    whole, elementwise = torch.compiler.is_compiling(), not any(isinstance(leak, Tensor) for leak in constants)
+    if whole or not elementwise:
         return function(*constants, *tensors, in_place=not whole)
     order = MemoryOrder.of(tensors[0])
     results = compiled.run(function, constants, tuple(map(order.flattened, tensors)), compiles=compiles)
