@@ -49,24 +49,22 @@ class StepFile(NamedTuple):
     recipe: Recipe
     noise: tuple[NoiseInput, ...]
 
-    def attacked(self, images: Images, of: str, unfinished: Path | None = None) -> Mapping[str, Bools]:
+    def attacked(self, images: Images, of: str, unfinished: Path) -> Mapping[str, Bools]:
         """Return verdicts [n], True for images that stay right: "clean", per attack of tier `commit`, and "worst".
 
         of: the name of the network in progress bars. unfinished: a directory of this network, in which verdicts are
         stored, so that no attack is repeated after an interruption.
         """
         size, seed = self.recipe.validation.batch_size, self.recipe.validation.seed
-        journal = None if unfinished is None else Journal(unfinished, sha256(self.file))
+        journal = Journal(unfinished, sha256(self.file))
         with OnnxRuntime(self.file, noise=NoiseSource(self.noise, seed)) as predictor:
             network = NetworkFile(self.file, predictor, self.noise, seed)
             logits = predict(predictor, images.unit(), size, of)
-            if journal is not None:
-                journal.begin(logits)
-                if (before := journal.verdicts()) is not None:
-                    return before
+            journal.begin(logits)
+            if (before := journal.verdicts()) is not None:
+                return before
             verdicts = promise(network, self.recipe, images, TIER, logits, of=of, journal=journal)[1].verdicts
-        if journal is not None:
-            journal.finish(verdicts)
+        journal.finish(verdicts)
         return verdicts
 
 
