@@ -120,7 +120,7 @@ class Neurons:
         If resets are detached, a choice passes no gradient to the compared values, as torch's `where` never does.
         """
         tape, (condition, yes, no), output = self._tape, jump.node.input, jump.node.output[0]
-        choose(tape, condition, yes, no, output, cotangent)
+        choose(tape, cotangent, output, condition, yes, no)
         if not self._detached:
             difference = tape.emit("Sub", tape.float32(yes), tape.float32(no))
             share = tape.unbroadcast(tape.emit("Mul", cotangent, difference), condition, output)
@@ -185,7 +185,7 @@ class Neurons:
         return maker.input[1]
 
 
-def choose(tape: Tape, condition: str, yes: str, no: str, output: str, cotangent: str) -> None:
+def choose(tape: Tape, cotangent: str, output: str, condition: str, yes: str, no: str) -> None:
     """Differentiate output = Where(condition, yes, no): pass the cotangent on to the value that was chosen."""
     zero = tape.constant(0)
     for value, parts in ((yes, (cotangent, zero)), (no, (zero, cotangent))):

@@ -95,7 +95,7 @@ def _extreme(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None])
         raise refuse(node, "compares more than two values")
     compare = "GreaterOrEqual" if node.op_type == "Max" else "LessOrEqual"
     first = tape.emit(compare, *map(tape.float32, node.input))
-    choose(tape, first, *node.input, node.output[0], only(cotangents))
+    choose(tape, only(cotangents), node.output[0], first, *node.input)
 
 
 def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
@@ -110,7 +110,7 @@ def _clip(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
 
 
 def _where(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) -> None:
-    choose(tape, *node.input, node.output[0], only(cotangents))
+    choose(tape, only(cotangents), node.output[0], *node.input)
 
 
 Slope = Callable[[Tape, onnx.NodeProto, str, str], str]  # from x and y, both float32, to dy/dx

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -60,7 +60,9 @@ def _conv(tape: Tape, node: onnx.NodeProto, cotangents: Sequence[str | None]) ->
             return
     # rows and columns after the last window
     uncovered = [n + a + b - c for n, a, b, c in zip(x, before, after, window.covered(y), strict=True)]
-    further = {name: value for name, value in (("dilations", dilations), ("group", groups)) if value not in (ones, 1)}
+    further: dict[str, Any] = {
+        name: value for name, value in (("dilations", dilations), ("group", groups)) if value not in (ones, 1)
+    }
     spread = tape.emit(
         "ConvTranspose",
         only(cotangents),
