@@ -21,7 +21,7 @@ from mpdsgr_deploy.attacks.condition import (
     starts,
 )
 from mpdsgr_deploy.attacks.counting import CountedGradients, GradientCounts
-from mpdsgr_deploy.attacks.pgd import Draw, Keep, fgsm, pgd
+from mpdsgr_deploy.attacks.pgd import Draw, Keep, bim, fgsm, pgd
 from mpdsgr_deploy.attacks.sa_pgd import sa_pgd
 from mpdsgr_deploy.protocols import Differentiable
 from mpdsgr_deploy.recipe import Attack
@@ -111,8 +111,9 @@ class PaperPGD(GradientAttack):
         return self.steps * self.draws
 
     def climb(self, target: Differentiable, batch: Batch, draw: Draw) -> Floats:
-        start = draw if self.random_start else None
-        return pgd(target, batch.x, batch.y, eps=self.bound, step=self.step, steps=self.steps, draw=start)
+        if not self.random_start:
+            return bim(target, batch.x, batch.y, eps=self.bound, step=self.step, steps=self.steps)
+        return pgd(target, batch.x, batch.y, eps=self.bound, step=self.step, steps=self.steps, draw=draw)
 
 
 @register
