@@ -15,11 +15,12 @@ from mpdsgr_deploy.attacks.attacker_surrogate import AveragedBackward, RateBackw
 from mpdsgr_deploy.attacks.tiers import TierEntry, recipe_entries
 from mpdsgr_deploy.attacks.torch_target import input_gradient, margin
 from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.models import build_model
 from mpdsgr_deploy.protocols import Array, Gradient
-from mpdsgr_deploy.recipe import SWEEP, Attack, Data, Gate
+from mpdsgr_deploy.recipe import SWEEP, Attack, Data, Gate, Recipe
 from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.snn import LIF
 from mpdsgr_deploy.snn.surrogate import make_surrogate
@@ -170,6 +171,11 @@ def test_a_stochastic_network_is_repeatable_and_its_attacker_draws_other_noise(n
     assert np.array_equal(again.gradient, first.gradient)
 
 
+def on_20_images(run: Path) -> Recipe:
+    recipe = load_checkpoint(run / "last").recipe
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"limit": 20})})
+
+
 def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def entries(attack: Attack) -> list[TierEntry]:
         """The recipe's, with a short search for the nearest image."""
@@ -177,17 +183,17 @@ def test_evaluation_of_a_checkpoint_adds_up(noisy_run: Path, run_dir: Path, monk
         return [replace(e, values=quick) if e.method == "cw-l2" else e for e in recipe_entries(attack)]
 
     monkeypatch.setattr("mpdsgr_deploy.validation.evaluate.recipe_entries", entries)
-    found = evaluate(noisy_run, limit=20, transfer=run_dir)
+    found = evaluate(noisy_run, on_20_images(noisy_run), transfer=run_dir)
     names = [row.name for row in found.rows]
     strong = ["pgd-strong", "strong rate", "cw-l2", "worst"]
     assert names == ["clean", "gaussian", "uniform", "fgsm", "bim", "pgd", "transfer", *strong]
     rows = {row.name: row for row in found.rows}
     assert all(row.n == 20 for row in found.rows)
-    assert rows["worst"].score.correct <= min(
-        row.score.correct for row in found.rows if row.name not in ("gaussian", "cw-l2")
+    assert rows["worst"].artefact.correct <= min(
+        row.artefact.correct for row in found.rows if row.name not in ("gaussian", "cw-l2")
     )
     # its images lie at the boundary: under the noise of the answer some are right again, as some clean ones are wrong
-    assert rows["cw-l2"].score.correct <= rows["clean"].score.correct + 2
+    assert rows["cw-l2"].artefact.correct <= rows["clean"].artefact.correct + 2
     assert "largest loss" in rows["pgd-strong"].settings
     assert [check.number for check in found.health] == [1, 2, 3, 6, 7, 14]
 
@@ -198,7 +204,8 @@ def test_a_bundle_evaluates_as_its_checkpoint_and_transfer_is_checked(bundle: Bu
         {row.name: row for row in validate(Target(bundle), gate=gate, limit=20, transfer=source).rows}
         for source in (run_dir, bundle.path)
     )
-    alone = {row.name: row.score for row in evaluate(run_dir, limit=20, transfer=run_dir).rows}
+    found = evaluate(run_dir, on_20_images(run_dir), transfer=run_dir)
+    alone = {row.name: row.artefact for row in found.rows}
     assert from_torch["transfer"].artefact == alone["transfer"]
     assert from_torch["transfer"].reference is None
     assert abs(from_bundle["transfer"].artefact.correct - alone["transfer"].correct) <= 1

@@ -6,7 +6,8 @@ from typing import Any
 from conftest import small_recipe
 
 from mpdsgr_deploy.defences import resolved
-from mpdsgr_deploy.experiments.table_run import Run
+from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
+from mpdsgr_deploy.experiments.table_run import Places, Run
 
 
 def directory(init: Run | None = None, **sections: Any) -> Path:
@@ -15,7 +16,8 @@ def directory(init: Run | None = None, **sections: Any) -> Path:
 
 def run(init: Run | None = None, **sections: Any) -> Run:
     recipe = resolved(small_recipe(**sections))
-    return Run("table", "row", recipe, None, None, 1, (), init, None, Path("runs"), "data", Path("results"))
+    table = TableSpec(title="", rows=(RowSpec(recipe="digits"),))
+    return Run("table", table, "row", recipe, Places(Path("runs"), "data", Path("results")), init)
 
 
 def test_attacks_and_gates_train_nothing_anew() -> None:

@@ -14,7 +14,7 @@ from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.recipes import shipped
 
 if TYPE_CHECKING:
-    from mpdsgr_deploy.experiments.jobs import Places
+    from mpdsgr_deploy.experiments.table_run import Run
 
 OPTIONS = (
     click.option("--seeds", metavar="0,1,..", help="Seeds to train with.  [default: those of the file]"),
@@ -68,25 +68,21 @@ class Measuring:
         if self.render_only:
             refuse_ignored("--render-only", "rows", "seeds", "jobs", "root", *([] if runs else ["runs"]), *further)
 
-    @property
-    def places(self) -> "Places":
-        from mpdsgr_deploy.experiments.jobs import Places
+    def runs_of(self, name: str, table: TableSpec, rows: Sequence[RowSpec]) -> "list[Run]":
+        """Return the runs of a table's rows. Raises InputError unless --seeds is a list of whole numbers."""
+        from mpdsgr_deploy.experiments.jobs import runs_of
+        from mpdsgr_deploy.experiments.table_run import Places
 
-        return Places(self.runs, self.root, self.results)
-
-    @property
-    def numbers(self) -> list[int]:
-        """The seeds, sorted; empty without the option. Raises InputError unless they are a list of whole numbers."""
-        return [] if self.seeds is None else sorted({*number_list("--seeds", self.seeds, int, "0,1,2", low=0)})
+        seeds = [] if self.seeds is None else sorted({*number_list("--seeds", self.seeds, int, "0,1,2", low=0)})
+        return list(runs_of(name, table, rows, Places(self.runs, self.root, self.results), seeds))
 
     def measured(self, stems: Iterable[str]) -> list[str]:
-        """Return those of `stems` that have records of results."""
         from mpdsgr_deploy.experiments.record_files import RECORDS
 
         return [stem for stem in stems if (self.results / stem / RECORDS).exists()]
 
     def update(self, name: str, table: TableSpec, rows: Sequence[RowSpec]) -> int:
-        """Train and measure rows whose records are missing or out of date, unless only pages are to be written.
+        """Train and measure rows whose records are missing or outdated, unless only pages are to be written.
 
         Prints errors, and returns the exit code: 0, or the highest of the errors.
         """
@@ -94,7 +90,7 @@ class Measuring:
             return 0
         from mpdsgr_deploy.experiments.jobs import bring_up_to_date
 
-        failures = bring_up_to_date(name, table, rows, self.places, seeds=self.numbers, jobs=self.jobs)
+        failures = bring_up_to_date(self.runs_of(name, table, rows), self.jobs)
         for run, error in failures:
             click.echo(f"error: {run}: {error}", err=True)
         return max((error.exit_code for _, error in failures), default=0)

@@ -56,9 +56,9 @@ def command(name: str | None, rows: tuple[str, ...], how: Measuring, why: bool, 
     if not why:
         code = how.update(stem, study.table(), chosen)
     else:
-        from mpdsgr_deploy.experiments.explain import explain_rows
+        from mpdsgr_deploy.experiments.explain import explain_runs
 
-        explain_rows(stem, study, chosen, how.places, seeds=how.numbers, images=images)
+        explain_runs(how.runs_of(stem, study.table(), chosen), images)
     write_pages(stem, study, how)
     sys.exit(code)
 

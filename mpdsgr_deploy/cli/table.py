@@ -98,7 +98,6 @@ def command(
 
 
 def rank(reports: list[Path]) -> None:
-    """Print a leaderboard of validation reports, as Markdown."""
     from mpdsgr_deploy.experiments.leaderboard import read_report, render
 
     if not reports:
@@ -126,9 +125,10 @@ def count_flips(stem: str, table: TableSpec, rows: list[RowSpec], how: Measuring
     from mpdsgr_deploy.experiments.flip_measurement import measure_flips
     from mpdsgr_deploy.experiments.flip_records import FOLDER
 
+    folder = how.results / FOLDER
     if not how.render_only:
-        measure_flips(stem, table, rows, how.places, seeds=how.numbers, images=images)
-    click.echo(f"page in {flips_page.write_page(how.results / FOLDER)}")
+        measure_flips(how.runs_of(stem, table, rows), folder, images)
+    click.echo(f"page in {flips_page.write_page(folder)}")
 
 
 def run_for(minutes: float, name: str, rows: tuple[str, ...], how: Measuring) -> int:

@@ -3,14 +3,11 @@
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.stats import t as student
 
 from mpdsgr_deploy.attacks.condition import CLEAN, GAUSSIAN, PGD, SQUARE, STRONG, TRANSFER, WORST
 from mpdsgr_deploy.experiments.records import Measured, Record
-from mpdsgr_deploy.experiments.row_comparison import omega, paired
+from mpdsgr_deploy.experiments.row_comparison import Difference, estimated, omega, paired
 from mpdsgr_deploy.experiments.study import Setting, Study, StudyMethod
-from mpdsgr_deploy.validation.proportions import Z95
 
 CONDITIONS = {
     "clean": CLEAN,
@@ -24,19 +21,8 @@ CONDITIONS = {
 HELPS, MASKS, HURTS, OPEN = "helps", "masks", "hurts", "undecided"
 
 
-class Effect(NamedTuple):
-    """Percentage points that a method gains over its baseline: the mean, and a 95 % interval over seeds and images."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
-
-
-def effect(records: list[Record], baseline: list[Record], condition: str) -> Effect | None:
-    """Return the effect of `records` against `baseline` under a condition, paired by seed and image.
+def effect(records: list[Record], baseline: list[Record], condition: str) -> Difference | None:
+    """Return what `records` gain over `baseline` under a condition, with an interval over seeds and images.
 
     None without a common seed, if a record lacks the condition, and if neither side gets any image right.
     """
@@ -47,7 +33,7 @@ def effect(records: list[Record], baseline: list[Record], condition: str) -> Eff
     return estimated(gained) if any_right else None
 
 
-def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Effect | None:
+def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Difference | None:
     """Return the mean effect over pairs of records and baseline, on the seeds that all have; None without any."""
     seeds = set.intersection(*(set(common_seeds(*pair)) for pair in pairs))
     if not seeds:
@@ -57,28 +43,7 @@ def pooled(pairs: list[tuple[list[Record], list[Record]]], condition: str) -> Ef
 
 
 def common_seeds(records: list[Record], baseline: list[Record]) -> list[int]:
-    """Return the seeds that both have, sorted."""
     return sorted({record.seed for record in records} & {record.seed for record in baseline})
-
-
-def estimated(gained: NDArray[np.float64]) -> Effect:
-    """Return mean and 95 % interval of the points gained [seeds, n].
-
-    The half-width is the root of the sum of two squares: the quantile of Student's t times the standard error over
-    seeds, and 1.96 times the standard error over images, each image averaged over seeds. With one seed the first is
-    left out.
-    """
-    seeds, images = gained.shape
-    square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
-    if seeds > 1:
-        square += (student_quantile(seeds - 1) * gained.mean(1).std(ddof=1)) ** 2 / seeds
-    mean, half = float(gained.mean()), float(square**0.5)
-    return Effect(mean, mean - half, mean + half)
-
-
-def student_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, to three decimals so that published intervals do not change."""
-    return round(float(student.ppf(0.975, freedom)), 3)
 
 
 def verdict(records: list[Record], baseline: list[Record]) -> str:
@@ -118,9 +83,8 @@ class Pair(NamedTuple):
 def pairs(study: Study, measured: Measured) -> list[Pair]:
     """Return the methods of each setting that are not the baseline and were measured, as was their baseline."""
     compared = []
-    for setting in study.settings:
-        for method in study.methods_of(setting):
-            row, baseline = study.title_of(setting, method), study.baseline_of(setting)
-            if row != baseline and row in measured and baseline in measured:
-                compared.append(Pair(setting, method, measured[row], measured[baseline]))
+    for setting, method in study.pairs():
+        row, baseline = study.title_of(setting, method), study.baseline_of(setting)
+        if row != baseline and row in measured and baseline in measured:
+            compared.append(Pair(setting, method, measured[row], measured[baseline]))
     return compared

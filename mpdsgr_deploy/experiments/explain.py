@@ -15,7 +15,7 @@ The factor of the weights is a product of three, because a normalised layer ampl
     filter       weights / (scale * density), the largest gain of the filters themselves
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import torch
@@ -24,13 +24,10 @@ from torch import Tensor
 
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.data.images import name_sample
-from mpdsgr_deploy.experiments.jobs import Places, runs_of
 from mpdsgr_deploy.experiments.record_files import Rounded, put_record
 from mpdsgr_deploy.experiments.records import KEY
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
-from mpdsgr_deploy.experiments.study import Study
-from mpdsgr_deploy.experiments.table import RowSpec
-from mpdsgr_deploy.experiments.table_run import CHECKPOINT, trained
+from mpdsgr_deploy.experiments.table_run import CHECKPOINT, Run, trained
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.mpd import leak_sum
 from mpdsgr_deploy.progress import log
@@ -80,12 +77,9 @@ class Explained(BaseModel):
 def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpoint: str) -> Explained:
     """Measure a network in eval mode on images. recipe: states eps, which SIZES multiply, and the steps of PGD."""
     sizes = []
-    for size in SIZES:
-        eps = size * recipe.attack.eps
-        steps = {"eps": eps, "step": eps / 4, "steps": recipe.attack.strong_steps}
-        sizes.append(
-            sensitivity(model, images, recipe.model_copy(update={"attack": recipe.attack.model_copy(update=steps)}))
-        )
+    for eps in (size * recipe.attack.eps for size in SIZES):
+        attack = recipe.attack.model_copy(update={"eps": eps, "step": eps / 4, "steps": recipe.attack.strong_steps})
+        sizes.append(sensitivity(model, images, recipe.model_copy(update={"attack": attack})))
     return Explained(
         row=row,
         seed=recipe.training.seed,
@@ -97,31 +91,29 @@ def explain(row: str, model: SpikingNet, images: Images, recipe: Recipe, checkpo
     )
 
 
-def explain_rows(
-    name: str, study: Study, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
-) -> None:
-    """Explain the networks of a study's rows on the first `images` test images, and write a record of each.
+def explain_runs(runs: Iterable[Run], images: int) -> None:
+    """Explain networks on the first `images` test images, and write a record of each into its table's folder.
 
-    Networks that are missing are trained first. name: of the study's table, in whose folder the records lie. seeds:
-    empty for those of the study.
+    Networks that are missing are trained first.
     """
-    for run in runs_of(name, study.table(), rows, places, seeds or study.seeds):
+    for run in runs:
         log.info("explaining %s", run)
         _, model = load_network(trained(run))
-        test = load_test(run.recipe.data.at(run.root))[:images]
+        test = load_test(run.local_recipe.data)[:images]
         put_record(run.folder / RECORDS, explain(run.row, model, test, run.recipe, CHECKPOINT), KEY)
 
 
 def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
     """Measure the factors of every layer, in the order of the forward pass."""
     inputs: dict[str, Tensor] = {}
-    measured: dict[str, tuple[float, float, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
 
     def observe(trace: Trace) -> None:
         v = torch.stack([u for u, _ in trace.states]) - trace.neuron.v_threshold
         rate = torch.stack([spikes for _, spikes in trace.states]).mean()
         rms = trace.neuron.surrogate.derivative(v).square().mean().sqrt()
-        measured[trace.layer] = (leak_sum(trace.neuron.tau, len(trace.states))[-1].item(), rms.item(), rate.item())
+        leak = leak_sum(trace.neuron.tau, len(trace.states))[-1].item()
+        measured[trace.layer] = {"leak": leak, "surrogate": rms.item(), "firing_rate": rate.item()}
 
     def remember(layer: SpikingLayer) -> Any:
         return layer.synapse.register_forward_pre_hook(lambda _, x: inputs.update({layer.name: x[0]}))
@@ -131,25 +123,17 @@ def factors(model: SpikingNet, images: Images) -> list[LayerFactors]:
         model(torch.from_numpy(images.unit()), observe, torch.Generator().manual_seed(0))
     for hook in hooks:
         hook.remove()
-    return [
-        LayerFactors(
-            layer=layer.name,
-            leak=measured[layer.name][0],
-            weights=largest_gain(layer, tuple(inputs[layer.name].shape[1:])),
-            surrogate=measured[layer.name][1],
-            scale=layer.norm.scale.square().mean().sqrt().item() if isinstance(layer.norm, TdBN) else 1.0,
-            density=inputs[layer.name]
-            .transpose(0, 1)
-            .flatten(1)
-            .var(1, correction=0)
-            .mean()
-            .clamp(min=1e-12)
-            .rsqrt()
-            .item(),
-            firing_rate=measured[layer.name][2],
+    layers = []
+    for layer in model.layers():
+        x = inputs[layer.name]
+        weights = largest_gain(layer, tuple(x.shape[1:]))
+        scale = layer.norm.scale.square().mean().sqrt().item() if isinstance(layer.norm, TdBN) else 1.0
+        variance = x.transpose(0, 1).flatten(1).var(1, correction=0).mean()
+        density = variance.clamp(min=1e-12).rsqrt().item()
+        layers.append(
+            LayerFactors(layer=layer.name, weights=weights, scale=scale, density=density, **measured[layer.name])
         )
-        for layer in model.layers()
-    ]
+    return layers
 
 
 def largest_gain(layer: SpikingLayer, shape: tuple[int, ...]) -> float:

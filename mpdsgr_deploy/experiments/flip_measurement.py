@@ -3,7 +3,8 @@
 Networks are converted to every precision in memory, and their spikes on test images are compared with float32's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,8 @@ import onnx_ir as ir
 
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.diagnostics.spike_flips import SpikeFlips, compare_spikes
-from mpdsgr_deploy.experiments.flip_records import FOLDER, KEY, FlipRecord, LayerFlips, PrecisionFlips, by_network
-from mpdsgr_deploy.experiments.jobs import Places, runs_of
+from mpdsgr_deploy.experiments.flip_records import KEY, FlipRecord, LayerFlips, PrecisionFlips, by_network
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record
-from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
 from mpdsgr_deploy.experiments.table_run import CHECKPOINT, Run, trained
 from mpdsgr_deploy.exporting.graph import constant, data, initializer, insert
 from mpdsgr_deploy.exporting.onnx_writer import to_graph
@@ -27,18 +26,14 @@ from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.trained_networks import load_network
 
 
-def measure_flips(
-    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], images: int
-) -> None:
-    """Measure the networks of a table's rows on the first `images` test images, and write a record of each.
+def measure_flips(runs: Iterable[Run], folder: Path, images: int) -> None:
+    """Measure networks on the first `images` test images, and write a record of each into `folder`.
 
-    Networks that have a record are left out, and networks that are missing are trained first. name: of the table. The
-    records lie in `FOLDER` of the results. seeds: empty for those of the table.
+    Networks that have a record are left out, and networks that are missing are trained first.
     """
-    folder = places.out / FOLDER
     measured = by_network(folder)
-    for run in runs_of(name, table, rows, places, seeds or table.seeds):
-        if (name, run.row, run.recipe.training.seed) not in measured:
+    for run in runs:
+        if (run.name, run.row, run.recipe.training.seed) not in measured:
             log.info("flips of %s", run)
             put_record(folder / RECORDS, flips_of(run, images), KEY)
 
@@ -89,13 +84,13 @@ def flips_of(run: Run, images: int) -> FlipRecord:
     """
     checkpoint, model = load_network(trained(run))
     recipe = checkpoint.recipe
-    test = load_test(recipe.data.at(run.root))[:images]
+    test = load_test(run.local_recipe.data)[:images]
     network = to_graph(simplify(model), checkpoint.shape)
     compared = compare_spikes(
         ir.to_proto(network), variants(network, model), test.unit(), v_threshold=recipe.neuron.v_threshold
     )
     return FlipRecord(
-        table=run.table,
+        table=run.name,
         row=run.row,
         seed=recipe.training.seed,
         checkpoint=CHECKPOINT,

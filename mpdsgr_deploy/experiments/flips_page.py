@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean, geometric_mean, median, stdev
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -20,7 +19,6 @@ PLACES = ("first product fp16", "first product int8", "last product fp16", "last
 
 
 def write_page(folder: Path) -> Path:
-    """Write the page and the plot of the records in `folder` into it; return the page's path."""
     rows = load(folder)
     return publish(folder / PAGE, render(rows), {PLOT: plot(rows)} if rows else {})
 
@@ -70,21 +68,14 @@ def spread(values: list[float], digits: int) -> str:
     return f"{fmean(values):.{digits}f}{deviation}"
 
 
-class FlipPair(NamedTuple):
-    """Two networks of one table and seed: without and with MPD-SGR."""
-
-    without: FlipRecord
-    regularised: FlipRecord
-
-
-def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[FlipPair]]:
-    """Return pairs of equal seed by table and row with MPD-SGR. Sweeps over its weight are left out."""
-    paired: dict[tuple[str, str], list[FlipPair]] = {}
+def pair_up(rows: FlipRows) -> dict[tuple[str, str], list[tuple[FlipRecord, FlipRecord]]]:
+    """Return pairs of equal seed, without and with MPD-SGR, by table and row. Sweeps over its weight are left out."""
+    paired = {}
     swept = {(record.table, record.row) for record in sweep(rows)}
     for row, without in baselines(rows).items():
         if row not in swept:
             by_seed = {r.seed: r for r in rows[without]}
-            paired[row] = [FlipPair(by_seed[r.seed], r) for r in rows[row] if r.seed in by_seed]
+            paired[row] = [(by_seed[r.seed], r) for r in rows[row] if r.seed in by_seed]
     return paired
 
 
@@ -101,7 +92,7 @@ def pairs(rows: FlipRows) -> str:
                 each = [b.mean(field) / a.mean(field) for a, b in zip(without, regularised, strict=True)]
                 ratios.append(f"{geometric_mean(each):.2f} [{min(each):.2f}, {max(each):.2f}]")
             fewer = sum(b.mean("rate") < a.mean("rate") for a, b in zip(without, regularised, strict=True))
-            total = sum(pair.without.n for pair in networks)
+            total = sum(without.n for without, _ in networks)
             labels = [f"{sum(v.labels_changed for v in side)} of {total}" for side in (without, regularised)]
             lines.append([table, row, precision, *ratios, f"{fewer} of {len(networks)} seeds", *labels])
     note = "With MPD-SGR divided by without, pairs of one seed: geometric mean [least, most]. Below 1: it has less."
@@ -130,12 +121,7 @@ def law(rows: FlipRows) -> str:
                 f"{100 * fmean(passed_on):.1f}",
             ]
         )
-    columns = [
-        "precision",
-        "layers",
-        "own flips / (density × own movement)",
-        "all flips / (density × movement)",
-    ]
+    columns = ["precision", "layers", "own flips / (density × own movement)", "all flips / (density × movement)"]
     note = (
         "Median over the layers of all networks [tenth, nine tenths]; layers that round nothing are left out. 1 is "
         "what a difference that does not depend on the potential predicts."
@@ -186,12 +172,10 @@ def places(rows: FlipRows) -> str:
 
 
 def every(rows: FlipRows) -> Iterable[FlipRecord]:
-    """Return the records of all rows and seeds."""
     return [result for results in rows.values() for result in results]
 
 
 def sources(rows: FlipRows) -> str:
-    """List networks, images, hardware and versions, without repetition."""
     lines = set()
     for result in every(rows):
         origin = result.provenance

@@ -10,18 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from itertools import zip_longest
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.context import BaseContext
-from pathlib import Path
 
 from mpdsgr_deploy.allocator import keep_pages
 from mpdsgr_deploy.errors import InputError, MpdsgrError
 from mpdsgr_deploy.experiments.records import outdated, records_of
 from mpdsgr_deploy.experiments.table import RowSpec, TableSpec
-from mpdsgr_deploy.experiments.table_run import Run, measure, trained
+from mpdsgr_deploy.experiments.table_run import Places, Run, measure, trained
 from mpdsgr_deploy.progress import log
 
 Task = Callable[[Run], object]
@@ -29,65 +27,42 @@ Failures = list[tuple[Run, MpdsgrError]]
 GRACE = 20.0  # seconds that a process has to stop before it is killed
 
 
-@dataclass(frozen=True)
-class Places:
-    """The directories of training runs, of data sets, and of results."""
+def bring_up_to_date(runs: Sequence[Run], jobs: int) -> Failures:
+    """Measure the runs of a table whose records are missing or outdated; return those that failed, with their errors.
 
-    runs: Path
-    root: str
-    out: Path
-
-
-def bring_up_to_date(
-    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, *, seeds: Sequence[int], jobs: int
-) -> Failures:
-    """Measure the runs of rows whose records are missing or outdated; return those that failed, with their errors.
-
-    name: of the table. seeds: empty for those of the table. jobs: how many processes measure at a time.
+    jobs: how many processes measure at a time.
     """
-    return measure_all(list(missing_runs(name, table, rows, places, seeds or table.seeds)), jobs)
+    records = records_of(runs[0].folder)
+    todo: list[Run] = []
+    for run in runs:
+        record = records.get((run.row, run.recipe.training.seed))
+        reason = "" if record is None else outdated(record, run.table)
+        if reason:
+            log.warning("measuring again: %s", reason)
+        if reason is not None:
+            todo.append(run)
+    return measure_all(todo, jobs)
 
 
 def runs_of(
     name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
 ) -> Iterator[Run]:
-    """Yield the run of each row with each seed, all rows of a seed together."""
-    run = partial(
-        Run,
-        name,
-        artefact=table.artefact,
-        tier=table.tier,
-        suite=table.suite,
-        runs=places.runs,
-        root=places.root,
-        folder=places.out / name,
-    )
+    """Yield the run of each row of table `name` with each seed, all rows of a seed together.
+
+    seeds: empty for those of the table.
+    """
 
     def alone(row: RowSpec, seed: int) -> Run:
         """Return the run of a row without the network whose attacked images it uses."""
         init = None if row.init is None else alone(table.row(row.init), seed)
-        recipe = table.recipe(row, seed)
-        return run(row.title, recipe, also=tuple(table.pgd_within(recipe.attack)), init=init, sender=None)
+        return Run(name, table, row.title, table.recipe(row, seed), places, init)
 
-    for seed in seeds:
+    for seed in seeds or table.seeds:
         for row in rows:
-            source = table.source(row, seed)
-            sender = None if source is None else alone(source[0], source[1].training.seed)
+            sender = None
+            if row.transfer is not None:
+                sender = alone(table.row(row.transfer), table.next_seed(seed))
             yield replace(alone(row, seed), sender=sender)
-
-
-def missing_runs(
-    name: str, table: TableSpec, rows: Sequence[RowSpec], places: Places, seeds: Sequence[int]
-) -> Iterator[Run]:
-    """Yield the runs whose records are missing, or outdated, which is logged."""
-    records = records_of(places.out / name)
-    for run in runs_of(name, table, rows, places, seeds):
-        record = records.get((run.row, run.recipe.training.seed))
-        reason = "" if record is None else outdated(record, table)
-        if reason:
-            log.warning("measuring again: %s", reason)
-        if reason is not None:
-            yield run
 
 
 def measure_all(todo: list[Run], jobs: int) -> Failures:

@@ -27,7 +27,6 @@ def pack(name: str, *, runs: Path, results: Path, out: Path) -> None:
 
 
 def tar(files: dict[str, Path]) -> bytes:
-    """Return a tar archive of files by their names in it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, path in files.items():

@@ -9,7 +9,6 @@ from mpdsgr_deploy.experiments.table import TableSpec
 
 
 def seeds(records: list[Record]) -> str:
-    """Return the seeds of a row as text."""
     return ", ".join(map(str, sorted(record.seed for record in records)))
 
 

@@ -41,7 +41,6 @@ def read_records(path: Path, model: type[R]) -> list[R]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file; none if it does not exist."""
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
@@ -59,6 +58,5 @@ def put_record(path: Path, record: BaseModel, key: Sequence[str]) -> None:
 
 
 def key_of(line: str, key: Sequence[str]) -> tuple[Any, ...]:
-    """Return the values of the fields `key` in a line of JSON."""
     values = json.loads(line)
     return tuple(values[name] for name in key)

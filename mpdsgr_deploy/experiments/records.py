@@ -1,9 +1,8 @@
 """Records: the result of one row of a table with one seed, a line of the table's JSON-lines file."""
 
 import base64
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,12 +11,11 @@ from pydantic import BaseModel
 from mpdsgr_deploy.attacks.condition import TRANSFER
 from mpdsgr_deploy.diagnostics.membrane import Membrane
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments.record_files import RECORDS, Rounded, put_record, read_records
+from mpdsgr_deploy.experiments.record_files import RECORDS, Rounded, read_records
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.recipe import Recipe
 from mpdsgr_deploy.validation.evaluate import Evaluation
-from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.report import Report
 
 KEY = ("row", "seed")
@@ -32,7 +30,6 @@ class PackedVerdicts(BaseModel):
 
     @classmethod
     def of(cls, settings: str, right: Bools) -> "PackedVerdicts":
-        """Pack the verdicts [n] of one condition."""
         return cls(settings=settings, right=base64.b64encode(np.packbits(right).tobytes()).decode())
 
 
@@ -59,18 +56,19 @@ class AttackedNetwork(BaseModel):
     provenance: dict[str, Any]
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> "AttackedNetwork":
-        """Return the record of an evaluation that `evaluate` returned."""
-        rows = evaluation.rows
-        n = rows[0].n
-        return cls(
-            images=evaluation.images,
-            seed=evaluation.seed,
-            n=n,
-            conditions={row.name: PackedVerdicts.of(row.settings, row.score.verdicts(n)) for row in rows},
-            health=outcomes(evaluation.health),
-            provenance=evaluation.provenance,
-        )
+    def of(cls, evaluated: Evaluation | Report, **fields: Any) -> Self:
+        """Return the record of an evaluation or a report. fields: further ones, and those to replace."""
+        n = evaluated.rows[0].n
+        common: dict[str, Any] = {
+            "images": evaluated.images,
+            "seed": evaluated.seed,
+            "n": n,
+            "conditions": {r.name: PackedVerdicts.of(r.settings, r.artefact.verdicts(n)) for r in evaluated.rows},
+            # without explanations, which are the same in every record
+            "health": [c.model_dump(include=set(CheckOutcome.model_fields)) for c in evaluated.health],
+            "provenance": evaluated.provenance,
+        }
+        return cls(**common | fields)
 
     def verdicts(self, condition: str) -> Bools:
         """Return the verdicts [n] under a condition. Raises KeyError for a condition that was not tried."""
@@ -98,16 +96,9 @@ class AttackedExport(AttackedNetwork):
 
     @classmethod
     def of_report(cls, report: Report) -> "AttackedExport":
-        """Return the record of a validation report."""
-        n = report.rows[0].n
-        origin = {**report.provenance, "network": f"the {report.precision} network on {report.backend}"}
-        return cls(
-            images=report.images,
-            seed=report.seed,
-            n=n,
-            conditions={row.name: PackedVerdicts.of(row.settings, row.artefact.verdicts(n)) for row in report.rows},
-            health=outcomes(report.health),
-            provenance=origin,
+        return cls.of(
+            report,
+            provenance={**report.provenance, "network": f"the {report.precision} network on {report.backend}"},
             verdict=report.verdict,
             reasons=[str(reason) for reason in report.reasons],
             tier=report.tier,
@@ -115,11 +106,6 @@ class AttackedExport(AttackedNetwork):
             curves={curve.attack: [(p.eps, p.correct, p.n) for p in curve.points] for curve in report.curves},
             stopped=None if report.stopped is None else str(report.stopped),
         )
-
-
-def outcomes(checks: Sequence[Check]) -> list[CheckOutcome]:
-    """Return the outcomes of health checks, without explanations, which are the same in every record."""
-    return [CheckOutcome(number=c.number, name=c.name, passed=c.passed, saw=c.saw) for c in checks]
 
 
 class Record(BaseModel):
@@ -157,11 +143,6 @@ class Record(BaseModel):
     def attacked(self) -> AttackedNetwork:
         """The evaluation whose accuracies stand for the row: the torch network's, or the first precision's."""
         return self.torch or next(iter(self.artefacts.values()))
-
-
-def put(folder: Path, record: Record) -> None:
-    """Write a record into a table's folder, in place of an earlier one of its row and seed."""
-    put_record(folder / RECORDS, record, KEY)
 
 
 def records_of(folder: Path) -> dict[tuple[str, int], Record]:

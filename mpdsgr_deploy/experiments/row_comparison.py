@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from mpdsgr_deploy.attacks.condition import BIM, CLEAN, FGSM, GAUSSIAN, PGD, WORST
 from mpdsgr_deploy.attacks.condition import STRONG as STRONG_PGD
@@ -32,7 +33,6 @@ class Cell(NamedTuple):
 
     @property
     def short(self) -> str:
-        """Mean and deviation as text, without the interval."""
         return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
 
     def __str__(self) -> str:
@@ -68,7 +68,6 @@ def published_figures(table: TableSpec, title: str) -> Published | None:
 
 
 def defences(record: Record) -> list[str]:
-    """Return the names of a row's defences, in the order of its recipe."""
     return list(record.recipe.defence)
 
 
@@ -111,32 +110,40 @@ def by_eps(records: list[Record]) -> dict[float, float]:
 
 
 class Difference(NamedTuple):
-    """The difference in accuracy between two rows, in percentage points, on the same images and seeds.
-
-    mean: over the common seeds. interval: 95 %, for the choice of images; None if neither row gets any image right,
-    which says nothing about other images. seeds: the difference for each common seed.
-    """
+    """The difference in accuracy between two rows, in percentage points: the mean, and a 95 % interval."""
 
     mean: float
-    interval: tuple[float, float] | None
-    seeds: list[float]
+    low: float
+    high: float
 
     def __str__(self) -> str:
-        if self.interval is None:
-            return "none right"
-        return f"{self.mean:+.1f} [{self.interval[0]:+.1f}, {self.interval[1]:+.1f}]"
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
 
 
-def difference(records: list[Record], others: list[Record], condition: str) -> Difference:
-    """Return `records` minus `others` under a condition.
+def difference(records: list[Record], others: list[Record], condition: str) -> Difference | None:
+    """Return `records` minus `others` under a condition, on the same images and seeds.
 
-    The interval is a normal approximation over images, each of them averaged over seeds.
+    The interval is for the choice of images, each averaged over seeds. None if neither row gets any image right, which
+    says nothing about other images.
     """
     gained, any_right = paired(records, others, condition)
-    each = gained.mean(0)
-    half = Z95 * each.std(ddof=1) / len(each) ** 0.5
-    mean = float(each.mean())
-    return Difference(mean, (mean - half, mean + half) if any_right else None, [float(row.mean()) for row in gained])
+    return estimated(gained.mean(0, keepdims=True)) if any_right else None
+
+
+def estimated(gained: NDArray[np.float64]) -> Difference:
+    """Return mean and 95 % interval of the points gained [seeds, n].
+
+    The half-width is the root of the sum of two squares: the quantile of Student's t times the standard error over
+    seeds, and 1.96 times the standard error over images, each image averaged over seeds. With one seed the first is
+    left out.
+    """
+    seeds, images = gained.shape
+    square = (Z95 * gained.mean(0).std(ddof=1)) ** 2 / images
+    if seeds > 1:
+        quantile = round(float(student.ppf(0.975, seeds - 1)), 3)  # so that published intervals do not change
+        square += (quantile * gained.mean(1).std(ddof=1)) ** 2 / seeds
+    mean, half = float(gained.mean()), float(square**0.5)
+    return Difference(mean, mean - half, mean + half)
 
 
 def paired(records: list[Record], others: list[Record], condition: str) -> tuple[NDArray[np.float64], bool]:

@@ -101,7 +101,6 @@ def defences_of(method: StudyMethod) -> set[str | None]:
 
 
 def built_in_studies() -> dict[str, Path]:
-    """Return the file of every study that ships, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("studies/*.toml"))}
 
 

@@ -18,7 +18,6 @@ ENOUGH = 12  # smallest number of pairs for which a correlation is computed
 
 
 def write_page(name: str, study: Study, folder: Path) -> Path:
-    """Write the page and the plots of the records in `folder` into it; return the page's path."""
     measured = load_measured(study.table(), folder)
     pictures = {}
     if compared := pairs(study, measured):
@@ -90,7 +89,6 @@ def effects(study: Study, compared: list[Pair]) -> str:
 
 
 def healthy(record: Record) -> bool:
-    """Whether every health check of the record's evaluation passed."""
     return all(check.passed for check in record.attacked.health)
 
 
@@ -123,7 +121,6 @@ def dose(compared: list[Pair]) -> str:
 
 
 def goal(compared: list[Pair]) -> str:
-    """List the methods that gain MORE points under all attacks and lose at most LESS points on clean images."""
     worthwhile = []
     for setting, method, records, baseline in compared:
         union, clean = (effect(records, baseline, CONDITIONS[heading]) for heading in ("union", "clean"))

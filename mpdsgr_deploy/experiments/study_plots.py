@@ -13,14 +13,13 @@ from mpdsgr_deploy.experiments.effect import (
     HURTS,
     MASKS,
     OPEN,
-    Effect,
     Pair,
     effect,
     emptied,
     verdict,
 )
 from mpdsgr_deploy.experiments.records import Measured
-from mpdsgr_deploy.experiments.row_comparison import cell
+from mpdsgr_deploy.experiments.row_comparison import Difference, cell
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.experiments.table_plots import small_png
 
@@ -35,12 +34,11 @@ Label = tuple[float, float, str]  # x, y, text
 def method_names(study: Study) -> dict[str, str]:
     """Return the display names of methods by name: the label, or else the names of the defences."""
     table = study.table()
-    titles = {}
-    for setting in study.settings:
-        for method in study.methods_of(setting):
-            if method.name not in titles:
-                training = table.recipe(table.row(study.title_of(setting, method)), study.seeds[0]).method
-                titles[method.name] = method.label or training
+    titles: dict[str, str] = {}
+    for setting, method in study.pairs():
+        if method.name not in titles:
+            training = table.recipe(table.row(study.title_of(setting, method)), study.seeds[0]).method
+            titles[method.name] = method.label or training
     values = list(titles.values())
     return {name: title if values.count(title) == 1 else f"{title} ({name})" for name, title in titles.items()}
 
@@ -62,8 +60,7 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
     return small_png(figure)
 
 
-def draw_effect(axes: Axes, position: int, points: Effect | None) -> None:
-    """Draw one effect with its interval, if it was measured."""
+def draw_effect(axes: Axes, position: int, points: Difference | None) -> None:
     if points is not None:
         colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
         axes.plot([points.low, points.high], [position, position], color=colour)
@@ -100,7 +97,8 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
 
     Rows that no other row beats in both, and those with the verdict helps or masks, have labels.
     """
-    names = {study.title_of(s, m): f"{s.name}: {method_names(study)[m.name]}" for s, m in study.pairs()}
+    methods = method_names(study)
+    names = {study.title_of(s, m): f"{s.name}: {methods[m.name]}" for s, m in study.pairs()}
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     verdicts = {pair.records[0].row: verdict(pair.records, pair.baseline) for pair in compared}

@@ -35,7 +35,6 @@ class RowSpec(Section):
 
     @property
     def title(self) -> str:
-        """The row's name on the page and in the records."""
         return self.name or self.recipe
 
 
@@ -52,7 +51,6 @@ class ExportSpec(Section):
 
     @property
     def gate(self) -> Gate:
-        """Return the rules that each exported network has to keep."""
         return Gate(tier=self.tier, max_drop=self.max_drop)
 
 
@@ -106,16 +104,9 @@ class TableSpec(Section):
         step = attack.step / attack.eps
         return [entry("pgd", f"{PGD} {255 * eps:.3g}/255", eps=eps, step=eps * step) for eps in self.eps]
 
-    def source(self, row: RowSpec, seed: int) -> tuple[RowSpec, Recipe] | None:
-        """Return the row that `transfer` names, and its recipe for the seed after `seed`; None without transfer.
-
-        The last seed is followed by the first.
-        """
-        if row.transfer is None:
-            return None
-        other = self.row(row.transfer)
-        later = [number for number in self.seeds if number > seed] or self.seeds
-        return other, self.recipe(other, later[0])
+    def next_seed(self, seed: int) -> int:
+        """Return the seed after `seed`; the last one is followed by the first."""
+        return next((number for number in self.seeds if number > seed), self.seeds[0])
 
 
 def defence_of(override: str) -> str | None:
@@ -125,7 +116,6 @@ def defence_of(override: str) -> str | None:
 
 
 def built_in_tables() -> dict[str, Path]:
-    """Return the file of every table that ships, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("tables/*.toml"))}
 
 

@@ -19,7 +19,6 @@ PAGE, PLOT = "README.md", "plot.png"
 
 
 def write_page(name: str, table: TableSpec, folder: Path) -> Path:
-    """Write the page and the plots of the records in `folder` into it; return the page's path."""
     measured = load_measured(table, folder)
     drawn = pictures(table, measured) if measured else {}
     return publish(folder / PAGE, render(name, table, measured), drawn)
@@ -108,10 +107,8 @@ def short(measured: Measured) -> str:
     """Show the mean accuracy of every row and the deviation between seeds, under the main conditions."""
     within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
     columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
-    methods = [records[0].recipe.method for records in measured.values()]
-    rows = []
-    for (title, records), method in zip(measured.items(), methods, strict=True):
-        rows.append([method if methods.count(method) == 1 else f"{method} ({title})", *shorts(records, columns)])
+    names = table_plots.labels([records[0] for records in measured.values()])
+    rows = [[names[title], *shorts(records, columns)] for title, records in measured.items()]
     return f"{markdown(['method', *columns], rows)}\n\n{union_suite(measured)}"
 
 

@@ -35,8 +35,8 @@ from mpdsgr_deploy.experiments.row_comparison import (
     defences,
     groups,
     published_figures,
+    strong_curves,
 )
-from mpdsgr_deploy.experiments.row_comparison import strong_curves as curves_of
 from mpdsgr_deploy.experiments.table import TableSpec
 
 DOTS = {"clean": picture.CLEAN, "FGSM": picture.FGSM, "PGD": picture.PGD, "union": picture.UNION}
@@ -112,7 +112,7 @@ def growth(measured: Measured) -> bytes | None:
 
     The values of eps are spaced equally on the axis, because rows differ most at small ones. None without such curves.
     """
-    panels = groups({title: records for title, records in measured.items() if curves_of(records)})
+    panels = groups({title: records for title, records in measured.items() if strong_curves(records)})
     if not panels:
         return None
     look = styles(measured)

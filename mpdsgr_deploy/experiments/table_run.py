@@ -11,7 +11,6 @@ import onnxruntime
 import torch
 
 from mpdsgr_deploy.atomic_files import write_atomic
-from mpdsgr_deploy.attacks.tiers import TierEntry
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
@@ -19,9 +18,10 @@ from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
 from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.experiments import variants
-from mpdsgr_deploy.experiments.records import AttackedExport, AttackedNetwork, Record, put
+from mpdsgr_deploy.experiments.record_files import RECORDS, put_record
+from mpdsgr_deploy.experiments.records import KEY, AttackedExport, AttackedNetwork, Record
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
-from mpdsgr_deploy.experiments.table import ExportSpec
+from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log
@@ -42,30 +42,42 @@ assert variants.DEPTHS  # imported to register the defences and models that stud
 
 
 @dataclass(frozen=True)
+class Places:
+    """The directories of training runs, of data sets, and of results."""
+
+    runs: Path
+    root: str
+    out: Path
+
+
+@dataclass(frozen=True)
 class Run:
     """One row of a table with one seed.
 
-    artefact: how the exported network is validated; None: the torch network is attacked. tier: the attacks on the torch
-    network; None: those that the recipe names. suite: the version of the attacks. also: further attacks. init: the run
-    whose weights training starts from; None: random ones. sender: the run whose network is attacked for images that are
-    tried on this one too. runs, root, folder: the directories of training runs, of the data set, and of the records.
+    name: of the table. init: the run whose weights training starts from; None: random ones. sender: the run whose
+    network is attacked for images that are tried on this one too.
     """
 
-    table: str
+    name: str
+    table: TableSpec
     row: str
     recipe: Recipe
-    artefact: ExportSpec | None
-    tier: str | None
-    suite: int
-    also: tuple[TierEntry, ...]
-    init: "Run | None"
-    sender: "Run | None"
-    runs: Path
-    root: str
-    folder: Path
+    places: Places
+    init: "Run | None" = None
+    sender: "Run | None" = None
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.recipe.training.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the table's records."""
+        return self.places.out / self.name
+
+    @property
+    def local_recipe(self) -> Recipe:
+        """The recipe with this machine's directory of data sets."""
+        return self.recipe.model_copy(update={"data": self.recipe.data.at(self.places.root)})
 
     @property
     def directory(self) -> Path:
@@ -78,7 +90,7 @@ class Run:
         content["defence"] = {name: chosen_settings(name, values) for name, values in self.recipe.defence.items()}
         if self.init is not None:
             content["init"] = self.init.directory.name
-        return self.runs / self.table / f"{self.row}-seed{self.recipe.training.seed}-{digest(content)}"
+        return self.places.runs / self.name / f"{self.row}-seed{self.recipe.training.seed}-{digest(content)}"
 
 
 def chosen_settings(defence: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -99,7 +111,7 @@ def trained(run: Run) -> Path:
     and rows of different epochs would differ in more than their method. Raises InputError as training does.
     """
     init = None if run.init is None else trained(run.init)
-    train(run.recipe.model_copy(update={"data": run.recipe.data.at(run.root)}), run.directory, resume=True, init=init)
+    train(run.local_recipe, run.directory, resume=True, init=init)
     return run.directory / CHECKPOINT
 
 
@@ -108,28 +120,27 @@ def measure(run: Run) -> Record:
 
     Raises InputError as training, export and evaluation do.
     """
-    recipe, checkpoint_dir = run.recipe, trained(run)
+    recipe, table, checkpoint_dir = run.recipe, run.table, trained(run)
     evaluation, artefacts = None, {}
-    if run.artefact is None:  # attacked as the recipe says now, not as it did when the network was trained
+    if table.artefact is None:  # attacked as the recipe says now, not as it did when the network was trained
         sender = None if run.sender is None else run.sender.directory / CHECKPOINT
-        evaluated = evaluate(
-            checkpoint_dir, recipe=recipe, root=run.root, transfer=sender, tier=run.tier, also=run.also
-        )
+        also = table.pgd_within(recipe.attack)
+        evaluated = evaluate(checkpoint_dir, run.local_recipe, transfer=sender, tier=table.tier, also=also)
         evaluation = AttackedNetwork.of(evaluated)
     else:
-        reports = validated_exports(run, run.artefact, checkpoint_dir)
+        reports = validated_exports(run, table.artefact, checkpoint_dir)
         artefacts = {precision: AttackedExport.of_report(report) for precision, report in reports.items()}
     checkpoint, model = load_network(checkpoint_dir)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     n = (evaluation or next(iter(artefacts.values()))).n
-    images = load_test(recipe.data.at(run.root))[: min(n, LOOKED_AT)]
+    images = load_test(run.local_recipe.data)[: min(n, LOOKED_AT)]
     history = checkpoint.history
-    drawn = run.artefact is not None and run.artefact.membranes is not None
+    drawn = table.artefact is not None and table.artefact.membranes is not None
     record = Record(
-        table=run.table,
+        table=run.name,
         row=run.row,
         seed=recipe.training.seed,
-        suite=run.suite,
+        suite=table.suite,
         checkpoint=CHECKPOINT,
         epoch=checkpoint.epoch,
         recipe=recipe,
@@ -137,14 +148,14 @@ def measure(run: Run) -> Record:
         curve=checkpoint.curve,
         layers=history[-1]["layers"],
         membranes=membranes(model, images, recipe) if drawn else [],
-        tier=run.tier,
+        tier=table.tier,
         torch=evaluation,
         artefacts=artefacts,
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
         init=started_from(checkpoint),
     )
-    put(run.folder, record)
+    put_record(run.folder / RECORDS, record, KEY)
     return record
 
 
@@ -166,8 +177,8 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
     bundle = folder / "bundle"
     if not (bundle / MANIFEST).exists():
         others = [name for name in artefact.precisions if name != "fp32"]
-        limit = run.recipe.validation.limit
-        export(checkpoint, bundle, recipe=run.recipe, precisions=others, root=run.root, limit=limit, tier=artefact.tier)
+        root, limit = run.places.root, run.recipe.validation.limit
+        export(checkpoint, bundle, recipe=run.recipe, precisions=others, root=root, limit=limit, tier=artefact.tier)
     reports = {}
     for precision in artefact.precisions:
         file = folder / f"{precision}.json"

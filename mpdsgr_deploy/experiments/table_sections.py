@@ -7,12 +7,14 @@ from typing import Any
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import AttackedExport, Measured, Record
-from mpdsgr_deploy.experiments.row_comparison import baseline, by_eps, cell, difference, groups, strong_curves
+from mpdsgr_deploy.experiments.row_comparison import baseline, by_eps, cell, difference, groups, paired, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published
 
 GROWTH, MEMBRANES = "growth.png", "membranes.png"
+NONE_RIGHT = "none right"  # in place of the difference of two rows that get no image right
 COMPARED = {"clean": CLEAN, "PGD": PGD, "union": WORST}
+# headings of the conditions that `against_none` shows, besides PGD within any eps
 HEADINGS = {CLEAN: CLEAN, GAUSSIAN: GAUSSIAN, FGSM: "FGSM", STRONG: "strong", SQUARE: SQUARE, WORST: "union"}
 UNDEFENDED_ENCODINGS = {"direct", "frames"}
 
@@ -46,7 +48,8 @@ def ranking(table: TableSpec, measured: Measured, group: Measured) -> str:
             differences = ["", "", ""]
         else:
             pgd, union = (difference(records, other, c) for c in (PGD, WORST))
-            differences = [str(pgd), str(union), ", ".join(f"{seed:+.1f}" for seed in union.seeds)]
+            by_seed = paired(records, other, WORST)[0].mean(1)
+            differences = [str(pgd or NONE_RIGHT), str(union or NONE_RIGHT), ", ".join(f"{s:+.1f}" for s in by_seed)]
         paper = f"{stated.pgd:.2f}" if stated and stated.pgd is not None else "-"
         rows.append([title, records[0].recipe.method, *cells, *differences, paper])
     columns = ["row", "method", "PGD", "union", "PGD - baseline", "union - baseline", "seeds", "paper"]
@@ -66,7 +69,6 @@ def mean(records: list[Record], condition: str) -> float:
 
 
 def growth(measured: Measured) -> str:
-    """Show accuracy under the strong PGD by eps, as a plot and a table."""
     curves = {title: by_eps(records) for title, records in measured.items() if strong_curves(records)}
     n = next(curve for records in measured.values() for curve in strong_curves(records))[0][2]
     rows = [[title, *(f"{value:.1f}" for value in values.values())] for title, values in curves.items()]
@@ -92,27 +94,21 @@ def precisions(measured: Measured) -> str:
         "gradients, seeds added up. The union of int8 has one attack more: images made on the float32 network. "
         "`gate passed`: of the seeds; compared with the torch network under the same attacks."
     )
-    refused = [f"- {title}, seed {seed}, {p}: {reason}" for title, seed, p, reason in refusals(measured)]
-    parts = ["## The exported networks", markdown(columns, rows), note, "\n".join(refused)]
-    return "\n\n".join(part for part in parts if part)
-
-
-def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], condition: str) -> str:
-    """Format the numbers of images that are newly wrong and newly right, summed over seeds."""
-    pairs = [(a.verdicts(condition), b.verdicts(condition)) for a, b in zip(first, others, strict=True)]
-    worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
-    return f"{worse} / {better}"
-
-
-def refusals(measured: Measured) -> list[tuple[str, int, str, str]]:
-    """Return row, seed, precision and reason for each reason of a failed or invalid validation."""
-    return [
-        (title, record.seed, precision, reason)
+    refused = [
+        f"- {title}, seed {record.seed}, {precision}: {reason}"
         for title, records in measured.items()
         for record in records
         for precision, artefact in record.artefacts.items()
         for reason in artefact.reasons
     ]
+    parts = ["## The exported networks", markdown(columns, rows), note, "\n".join(refused)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], condition: str) -> str:
+    pairs = [(a.verdicts(condition), b.verdicts(condition)) for a, b in zip(first, others, strict=True)]
+    worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
+    return f"{worse} / {better}"
 
 
 def validation_accuracy(records: list[Record]) -> float:
@@ -170,11 +166,12 @@ def against_none(measured: Measured) -> str:
     if not pairs:
         return ""
     first, *_ = next(iter(pairs.values()))[0]
-    common = set.intersection(*(shared_conditions([*records, *other]) for records, other in pairs.values()))
-    conditions = [name for name in first.attacked.conditions if name in common]
-    columns = {name: HEADINGS.get(name, name.replace(PGD, "PGD")) for name in conditions if is_shown(name)}
+    compared = [record.attacked.conditions for pair in pairs.values() for records in pair for record in records]
+    shown = [name for name in first.attacked.conditions if name in HEADINGS or name.split()[0] == PGD]
+    common = [name for name in shown if all(name in conditions for conditions in compared)]
+    columns = {name: HEADINGS.get(name, name.replace(PGD, "PGD")) for name in common}
     rows = [
-        [title, *(str(difference(records, other, name)) for name in columns)]
+        [title, *(str(difference(records, other, name) or NONE_RIGHT) for name in columns)]
         for title, (records, other) in pairs.items()
     ]
     note = (
@@ -197,13 +194,3 @@ def undefended(measured: Measured, record: Record) -> list[Record] | None:
 def is_defended(record: Record) -> bool:
     """Whether a network has a defence, or an encoding that acts as one by noise or filtering."""
     return bool(record.recipe.defence) or record.recipe.encoding.name not in UNDEFENDED_ENCODINGS
-
-
-def shared_conditions(records: list[Record]) -> set[str]:
-    """Return the names of the conditions that all records have."""
-    return set.intersection(*(set(record.attacked.conditions) for record in records))
-
-
-def is_shown(condition: str) -> bool:
-    """Whether a condition has a column: PGD within any eps, and the conditions of HEADINGS."""
-    return condition in HEADINGS or condition.split()[0] == PGD

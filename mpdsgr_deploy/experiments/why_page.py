@@ -39,7 +39,6 @@ def load_networks(study: Study, folder: Path) -> Networks:
 
 
 def write_why(study: Study, folder: Path) -> Path:
-    """Write the page and the plot of the records in `folder` into it; return the page's path."""
     rows = load_networks(study, folder)
     return publish(folder / PAGE, render(study, rows), {PLOT: draw(rows)})
 
@@ -67,7 +66,6 @@ def render(study: Study, rows: Networks) -> str:
 
 
 def sources(networks: list[Explained]) -> str:
-    """List hardware, versions and revisions, without repetition."""
     origins = (network.provenance for network in networks)
     lines = (
         f"{o['hardware']['cpu']}, {o['hardware']['cores']} cores; torch {o['packages']['torch']}, revision "
