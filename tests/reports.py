@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from mpdsgr_deploy.attacks.conditions import StrongPGD
+from mpdsgr_deploy.attacks.suite_measurement import Measurement, Outcome
 from mpdsgr_deploy.parity import Parity
 from mpdsgr_deploy.recipe import Gate
 from mpdsgr_deploy.validation.example_images import examples
@@ -42,9 +44,13 @@ def broken_images(labels: list[str]) -> list:
     clean = rng.uniform(0.2, 0.8, (8, 1, 8, 8)).astype(np.float32)
     attacked = clean + rng.choice([-0.1, 0, 0.1], clean.shape).astype(np.float32)
     classes = np.arange(8) % 2
-    return examples(
-        clean, attacked, classes, before=classes, after=1 - classes, labels=labels, attack="pgd-strong", eps=0.1
-    )
+    return examples(clean, labels, after_strong_pgd(attacked, classes, before=classes, after=1 - classes))
+
+
+def after_strong_pgd(attacked: np.ndarray, y: np.ndarray, *, before: np.ndarray, after: np.ndarray) -> Measurement:
+    """A measurement under the strong PGD with eps 0.1 alone."""
+    strong = Outcome(StrongPGD(name="pgd-strong", eps=0.1), after == y, after, 0, 0, 0, (), attacked, 0.0)
+    return Measurement(y, before, (strong,), (before == y) & (after == y))
 
 
 def sample(**changes: object) -> Report:

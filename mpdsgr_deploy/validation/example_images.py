@@ -9,41 +9,36 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mpdsgr_deploy.attacks.condition import STRONG, Classes, Floats
+from mpdsgr_deploy.attacks.resumable_run import NOT_FINITE
+from mpdsgr_deploy.attacks.suite_measurement import Measurement
 from mpdsgr_deploy.validation.report import Example
 
-Floats = NDArray[np.float32]
-Classes = NDArray[np.int64]
+COUNT = 6
 SIDE = 96  # smaller images are enlarged until their longer side has at least this many pixels
 
 
-def examples(
-    clean: Floats,
-    attacked: Floats,
-    classes: Classes,
-    *,
-    before: Classes,
-    after: Classes,
-    labels: Sequence[str],
-    attack: str,
-    eps: float | None = None,
-    count: int = 6,
-) -> list[Example]:
-    """Return at most `count` of the images that the attack broke, of as many classes as possible.
+def examples(x: Floats, labels: Sequence[str], measurement: Measurement) -> list[Example]:
+    """Return at most COUNT of the images x [n, C, H, W] that the strong PGD broke, of as many classes as possible.
 
-    clean, attacked: images [N, C, H, W] in [0, 1]. classes [N]: the true classes. before, after [N]: those predicted
-    for clean and attacked images; a negative one in `after` means that no output was finite. In the picture of the
-    difference -eps is black and eps is white; without eps, the image's largest change takes its place.
+    labels: the names of the classes. In the picture of the difference -eps is black and eps is white. The result is
+    empty if the strong PGD was not made.
     """
+    strong = measurement.outcome(STRONG)
+    if strong is None or strong.images is None:
+        return []
+    attacked, after, bound = strong.images, strong.predicted, strong.condition.bound
+    y, before = measurement.y[: len(after)], measurement.clean[: len(after)]
     return [
         Example(
-            image=int(i),
-            label=labels[classes[i]],
+            image=i,
+            label=labels[y[i]],
             clean=labels[before[i]],
-            attacked=labels[after[i]] if after[i] >= 0 else "nothing finite",
-            attack=attack,
-            pictures=(picture(clean[i]), picture(attacked[i]), picture(magnified(clean[i], attacked[i], eps))),
+            attacked=labels[after[i]] if after[i] != NOT_FINITE else "nothing finite",
+            attack=STRONG,
+            pictures=(picture(x[i]), picture(attacked[i]), picture(magnified(x[i], attacked[i], bound))),
         )
-        for i in chosen(classes, (before == classes) & (after != classes), count)
+        for i in chosen(y, (before == y) & (after != y), COUNT)
     ]
 
 
@@ -57,11 +52,9 @@ def chosen(classes: Classes, broken: NDArray[np.bool_], count: int) -> list[int]
     return sorted(i for _, i in sorted(ranks)[:count])
 
 
-def magnified(clean: Floats, attacked: Floats, eps: float | None) -> Floats:
+def magnified(clean: Floats, attacked: Floats, eps: float) -> Floats:
     """Return the difference [C, H, W] of two images, mapped from [-eps, eps] to [0, 1]; 0.5 means no change."""
-    difference = attacked - clean
-    span = eps or float(np.abs(difference).max()) or 1.0
-    return np.clip(0.5 + difference / (2 * span), 0, 1)
+    return np.clip(0.5 + (attacked - clean) / (2 * eps), 0, 1)
 
 
 def picture(image: Floats) -> str:

@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdsgr_deploy.attacks.blind import Square
-from mpdsgr_deploy.attacks.condition import FGSM, STRONG, Classes, Condition, Floats
-from mpdsgr_deploy.attacks.resumable_run import Journal, gather, run
-from mpdsgr_deploy.attacks.suite import Suite
+from mpdsgr_deploy.attacks.condition import FGSM, STRONG, WORST, Classes, Condition, Floats
+from mpdsgr_deploy.attacks.resumable_run import gather, run
 from mpdsgr_deploy.attacks.suite_measurement import Measurement, Outcome
 from mpdsgr_deploy.attacks.targets import best_wrong
 from mpdsgr_deploy.progress import track
 from mpdsgr_deploy.validation.health.check_registry import Convergence, Search, Slopes
+from mpdsgr_deploy.validation.subject import Subject
 
 MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)  # as multiples of the recipe's eps
 GROWTH_STEPS = 20  # steps of the strong PGD
@@ -28,14 +28,10 @@ CERTAIN = 1e-6  # a smaller cross-entropy has no gradient in float32, where 1 - 
 Bools = NDArray[np.bool_]
 
 
-def growth(
-    suite: Suite, x: Floats, y: Classes, clean: Classes, *, batch_size: int, journal: Journal | None
-) -> dict[str, dict[float, Bools]]:
-    """Return the verdicts [m] on images x [m, C, H, W] by attack (FGSM, strong PGD) and by eps, from 0 to 1.
-
-    y, clean [m]: the true classes, and those predicted for the clean images.
-    """
-    fgsm, strong = (next(c for c in suite.conditions if c.name == name) for name in (FGSM, STRONG))
+def growth(subject: Subject, measurement: Measurement, x: Floats) -> dict[str, dict[float, Bools]]:
+    """Return the verdicts on the first m images x [m, C, H, W] by attack (FGSM, strong PGD) and by eps, from 0 to 1."""
+    y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
+    fgsm, strong = (next(c for c in subject.suite.conditions if c.name == name) for name in (FGSM, STRONG))
     quick = {FGSM: fgsm, STRONG: replace(strong, steps=GROWTH_STEPS, restarts=1)}
     eps = fgsm.bound
     radii = sorted({round(multiple * eps, 9) for multiple in MULTIPLES if multiple * eps < 1} | set(LARGE))
@@ -43,18 +39,23 @@ def growth(
     for radius in track(radii, "growing eps"):
         for name, attack in quick.items():
             grown = replace(attack, name=f"{name} at {radius:g}", eps=radius, stream=name)
-            batches = run(suite, grown, x, y, clean, batch_size=batch_size, journal=journal)
-            correct_by_eps[name][radius] = gather(list(batches))[1] == y
+            correct_by_eps[name][radius] = withstood(subject, grown, x, y, clean)
     return correct_by_eps
 
 
-def convergence(
-    suite: Suite, measurement: Measurement, x: Floats, *, floor: float | None, batch_size: int, journal: Journal | None
-) -> Convergence:
+def withstood(subject: Subject, attack: Condition, x: Floats, y: Classes, clean: Classes) -> Bools:
+    """Return the verdicts [m] on images x [m, C, H, W] of classes y [m] under an attack.
+
+    clean [m]: the predictions without attack. Images that these say are misclassified are not attacked.
+    """
+    batches = run(subject.suite, attack, x, y, clean, batch_size=subject.batch_size, journal=subject.journal)
+    return gather(list(batches))[1] == y
+
+
+def convergence(subject: Subject, measurement: Measurement, x: Floats) -> Convergence:
     """Repeat every attack that the worst case rests on with twice the steps, on the first m images x [m, C, H, W].
 
-    Each attack is made from its first random start, on the images that all attacks so far left correct. floor: the
-    least accuracy in the worst case that the gate allows.
+    Each attack is made from its first random start, on the images that all attacks so far left correct.
     """
     m = len(x)
     y, clean = measurement.y[:m], measurement.clean[:m]
@@ -67,9 +68,8 @@ def convergence(
         )
         longer[condition.name] = condition.steps
         attackable = np.where(standing, clean, -1)  # images that are already broken count as misclassified
-        batches = run(suite, more, x, y, attackable, batch_size=batch_size, journal=journal)
-        standing &= gather(list(batches))[1] == y
-    worst = float(measurement.standing.mean())
+        standing &= withstood(subject, more, x, y, attackable)
+    worst, floor = float(measurement.standing.mean()), subject.gate.floors.get(WORST)
     return Convergence(survived - int(standing.sum()), survived, m, longer, worst, floor)
 
 
@@ -88,16 +88,14 @@ def contributing(outcomes: Sequence[Outcome], right: Bools) -> list[Condition]:
     return [o.condition for o in strong if o.condition.name in alone or o is strongest]
 
 
-def search(
-    suite: Suite, measurement: Measurement, x: Floats, *, batch_size: int, journal: Journal | None
-) -> Search | None:
+def search(subject: Subject, measurement: Measurement, x: Floats) -> Search | None:
     """Try Square on those of the first m images x [m, C, H, W] that no attack with a gradient broke.
 
     Square has ENOUGH queries, or the tier's number if that is larger. None if the tier has no Square, and for a
     stochastic network, whose noise alone breaks images if queries are repeated often enough.
     """
-    square = next((c for c in suite.conditions if isinstance(c, Square)), None)
-    if square is None or suite.network.stochastic:
+    square = next((c for c in subject.suite.conditions if isinstance(c, Square)), None)
+    if square is None or subject.suite.network.stochastic:
         return None
     m, queries = len(x), max(square.queries, ENOUGH)
     y, clean = measurement.y[:m], measurement.clean[:m]
@@ -107,31 +105,30 @@ def search(
     if queries > square.queries:
         longer = replace(square, name=f"{square.name} {queries} queries", queries=queries, stream=square.name)
         attackable = np.where(unbroken & ~broken, clean, -1)
-        batches = run(suite, longer, x, y, attackable, batch_size=batch_size, journal=journal)
-        broken |= unbroken & (gather(list(batches))[1] != y)
+        broken |= unbroken & ~withstood(subject, longer, x, y, attackable)
     return Search(int(broken.sum()), int(unbroken.sum()), m, queries)
 
 
-def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, batch_size: int) -> Slopes | None:
+def slopes(subject: Subject, measurement: Measurement, x: Floats) -> Slopes | None:
     """Measure how the loss changes along the signs of its gradient, and along random signs.
 
     The loss is computed from the network's logits alone. It is the cross-entropy, or, for images of which the network
     is so certain that the gradient of the cross-entropy underflows in float32, the margin: the best wrong logit minus
-    the true one. Only images of x [m, C, H, W] that are classified correctly are used (classes y, predictions clean).
-    None if there are none, and for a stochastic network, whose noise changes logits more than small steps do.
+    the true one. Only those of the first images x [m, C, H, W] that are classified correctly are used. None if there
+    are none, and for a stochastic network, whose noise changes logits more than small steps do.
     """
-    network, trained = suite.network, suite.source.trained
-    chosen = np.flatnonzero(clean == y)
+    network, size = subject.suite.network, subject.batch_size
+    chosen = np.flatnonzero(measurement.clean[: len(x)] == measurement.y[: len(x)])
     if network.stochastic or not len(chosen):
         return None
-    x, y = x[chosen], y[chosen]
-    parts = [slice(start, start + batch_size) for start in range(0, len(x), batch_size)]
+    x, y = x[chosen], measurement.y[chosen]
+    parts = [slice(start, start + size) for start in range(0, len(x), size)]
 
     def answers(images: Floats) -> Floats:
         return np.concatenate([network(images[part]) for part in parts])
 
     def gradient(loss: str, towards: NDArray[Any]) -> Floats:
-        with network.attacker(trained, loss=loss, draws=1) as target:
+        with network.attacker(subject.suite.source.trained, loss=loss, draws=1) as target:
             return np.concatenate([np.asarray(target(x[part], towards[part]).gradient) for part in parts])
 
     logits, uphill = answers(x), np.sign(gradient("ce", y))
@@ -147,7 +144,7 @@ def slopes(suite: Suite, x: Floats, y: Classes, clean: Classes, eps: float, *, b
     random = [rng.choice(np.array([-1, 1], np.float32), x.shape) for _ in range(DIRECTIONS)]
     before = loss(logits)
     rises, further = {}, np.zeros(len(x))
-    for step in (share * eps for share in STEPS):
+    for step in (share * subject.target.bundle.manifest.recipe.attack.eps for share in STEPS):
 
         def rise(direction: Floats, step: float = step) -> Floats:
             return loss(answers(np.clip(x + np.float32(step) * direction, 0, 1))) - before

@@ -56,7 +56,6 @@ class Judged(NamedTuple):
 
     @property
     def verdict(self) -> Verdict:
-        """`invalid` if a health check failed, else `fail` if there are reasons, else `pass`."""
         if any(check.failed for check in self.health):
             return "invalid"
         return "fail" if self.reasons else "pass"
@@ -150,7 +149,7 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     health = run_checks(evidence)
     invalid = [Reason(check=c.number, text=f"{c.name}: {c.saw}; {c.advice}") for c in health if c.failed]
     reasons = [*invalid, *_failures(subject.gate, rows, wrong, measurement.stopped)]
-    pictures = _examples(subject, measurement, x)
+    pictures = examples(x, images.labels, measurement)
     return Judged(measurement, rows, health, reasons, curves, pictures, parity, evidence.convergence)
 
 
@@ -177,16 +176,12 @@ def _not_worth_attacking(
 
 def _probed(subject: Subject, measurement: Measurement, evidence: Evidence, x: Floats) -> tuple[list[Curve], Evidence]:
     """Probe the first of the images x [n, C, H, W]; return curves over eps, and `evidence` with the results."""
-    suite, size, journal = subject.suite, subject.batch_size, subject.journal
-    searched = probes.search(suite, measurement, x[: probes.SEARCHED], batch_size=size, journal=journal)
+    searched = probes.search(subject, measurement, x[: probes.SEARCHED])
     x = x[: TIERS[subject.gate.tier].probe]
-    y, clean = measurement.y[: len(x)], measurement.clean[: len(x)]
-    grown = probes.growth(suite, x, y, clean, batch_size=size, journal=journal)
-    floor = subject.gate.floors.get(WORST)
-    more = probes.convergence(suite, measurement, x, floor=floor, batch_size=size, journal=journal)
+    grown = probes.growth(subject, measurement, x)
+    more = probes.convergence(subject, measurement, x)
+    climb = probes.slopes(subject, measurement, x)
     curves = [Curve.of(name, verdicts) for name, verdicts in grown.items()]
-    eps = subject.target.bundle.manifest.recipe.attack.eps
-    climb = probes.slopes(suite, x, y, clean, eps, batch_size=size)
     return curves, replace(evidence, growth=grown[STRONG], convergence=more, slopes=climb, search=searched)
 
 
@@ -207,25 +202,7 @@ def _failures(gate: Gate, rows: list[Row], wrong: Sequence[Reason], stopped: Sto
     return broken
 
 
-def _examples(subject: Subject, measurement: Measurement, x: Floats) -> list[Example]:
-    strong = measurement.outcome(STRONG)
-    if strong is None or strong.images is None:
-        return []
-    attacked = len(strong.correct)
-    return examples(
-        x[:attacked],
-        strong.images,
-        measurement.y[:attacked],
-        before=measurement.clean[:attacked],
-        after=strong.predicted,
-        labels=subject.images.labels,
-        attack=STRONG,
-        eps=strong.condition.eps,
-    )
-
-
 def _origin(manifest: Manifest) -> str:
-    """Describe where a network comes from."""
     elsewhere = {"adopted": "adopted as an ONNX file", "module": "exported from a torch module"}
     return elsewhere.get(manifest.origin) or f"trained with {manifest.recipe.method}"
 
