@@ -13,7 +13,7 @@ from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.onnx_files import read_network, rounds_outputs
 from mpdsgr_deploy.validation.gate import limit
-from mpdsgr_deploy.validation.health.check_registry import Compared, Evidence, Reach, Rebuilt
+from mpdsgr_deploy.validation.health.check_registry import Evidence, Reach, Rebuilt
 from mpdsgr_deploy.validation.image_checks import image_faults
 from mpdsgr_deploy.validation.rows import VerdictFlips
 from mpdsgr_deploy.validation.subject import Subject
@@ -25,10 +25,11 @@ def without_attack(subject: Subject, logits: NDArray[np.float32], rebuild: Rebui
     """Return the evidence that needs no attack. logits: the artefact's logits [n, K] of the clean images."""
     images, compared = subject.images, subject.comparison
     reach = Reach(reference=True, missing=compared.missing, contradictions=compared.contradictions)
+    floors = "floors" if subject.gate.floors else ""
     return Evidence(
         rule=subject.rule,
         n=len(images),
-        compared=Compared(reference=subject.reference is not None, floors=bool(subject.gate.floors)),
+        against=floors if subject.reference is None else "the reference",
         reach=reach if reach.missing or reach.contradictions else None,
         logits=logits,
         rounded_outputs=rounds_outputs(read_network(subject.target.bundle.variant(subject.target.precision))),

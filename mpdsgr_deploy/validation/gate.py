@@ -78,7 +78,6 @@ def limit(gate: Gate, name: str) -> float:
 
 
 def significant(name: str) -> float:
-    """Return the p-value below which a drop in a condition is significant."""
     return SIGNIFICANT_OVERALL if name in OVERALL else SIGNIFICANT
 
 

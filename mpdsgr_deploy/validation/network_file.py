@@ -59,7 +59,6 @@ def foreign_parts(network: ModelProto, precisions: set[str] | None) -> list[str]
 
 
 def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """Yield a graph and all graphs in its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

@@ -52,7 +52,6 @@ class Curve(BaseModel):
 
     @classmethod
     def of(cls, attack: str, verdicts: Mapping[float, NDArray[np.bool_]]) -> "Curve":
-        """Return the curve of verdicts [n] by eps."""
         points = [Point(eps=eps, correct=int(right.sum()), n=len(right)) for eps, right in sorted(verdicts.items())]
         return cls(attack=attack, points=points)
 

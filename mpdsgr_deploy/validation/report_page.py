@@ -51,15 +51,13 @@ SETTINGS: Any = {
 
 def page(report: Report) -> str:
     """Return the page as HTML. Names of files, labels and conditions are untrusted: all text but our SVG is escaped."""
-    loader = PackageLoader("mpdsgr_deploy.validation")
-    templates = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    loader, strict = PackageLoader("mpdsgr_deploy.validation"), StrictUndefined
+    templates = Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
     return templates.get_template("report.html").render(
         report=report,
         meaning=MEANING[report.verdict],
         findings=list(findings(report)),
-        headlines=[(title, row) for title, row in headlines(report) if row is not None],
+        headlines=headlines(report),
         figures={title: Markup(drawn) for title, drawn in figures(report).items()},
         gate=[(name, plain(value)) for name, value in report.gate],
         provenance=list(provenance(report)),
@@ -70,13 +68,11 @@ def page(report: Report) -> str:
     )
 
 
-def headlines(report: Report) -> Iterator[tuple[str, Any]]:
-    """Yield the title and the row (None if missing) of the accuracies at the top: clean, and under all attacks."""
-    yield "clean", report.row(CLEAN)
-    yield (
-        f"under every attack, eps {report.eps:.4g}" if report.eps is not None else "under every attack",
-        report.row(WORST),
-    )
+def headlines(report: Report) -> list[tuple[str, Row]]:
+    """Return title and row of the accuracies at the top that were measured: clean, and under all attacks."""
+    within = "" if report.eps is None else f", eps {report.eps:.4g}"
+    titles = {CLEAN: "clean", WORST: f"under every attack{within}"}
+    return [(title, row) for name, title in titles.items() if (row := report.row(name))]
 
 
 def provenance(report: Report) -> Iterator[tuple[str, str]]:
@@ -92,7 +88,6 @@ def provenance(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def plain(value: Any) -> str:
-    """Format a setting of any type as text."""
     if value is None:
         return "none"
     if isinstance(value, Mapping):
@@ -185,7 +180,6 @@ def sweep(report: Report) -> list[Row]:
 
 
 def named(row: Row) -> str:
-    """Return the label of a row in the figure of attackers."""
     if row.name == WORST:
         return "worst: the union"
     return "trained surrogate" if row.name == STRONG else short(str(row.surrogate))
@@ -198,12 +192,10 @@ def final(curve: Curve) -> float:
 
 
 def short(name: str) -> str:
-    """Cut a name to LONGEST characters."""
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
 
 
 def blank(height: float) -> tuple[Figure, Axes]:
-    """Return a figure of width WIDTH and the given height in inches, and its axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)

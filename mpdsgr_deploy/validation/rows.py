@@ -61,7 +61,6 @@ class Score(BaseModel):
 
     @classmethod
     def of(cls, correct: NDArray[np.bool_]) -> "Score":
-        """Return the score of verdicts [n]."""
         count, n = int(correct.sum()), len(correct)
         accuracy = count / n if n else 0.0
         bitmap = np.packbits(correct).tobytes().hex()

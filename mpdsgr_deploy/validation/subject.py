@@ -62,19 +62,11 @@ def identity(subject: Subject, transfer: Path | None) -> str:
         [made.model_dump(mode="json"), manifest.files.get(made.file or "")]
         for made in target.bundle.prepared(target.backend, target.precision)
     ]
-    other = None if transfer is None else fingerprint(transfer)
-    images = images_sha256(subject.images)
     attacks = [repr(condition) for condition in subject.suite.conditions]
-    what = [
-        __version__,
-        attacks,
-        *networks,
-        manifest.recipe.model_dump(mode="json"),
-        target.backend,
-        target.url,
-        engines,
-    ]
-    return json.dumps([*what, subject.gate.tier, subject.batch_size, len(subject.images), images, other])
+    what = [__version__, attacks, *networks, manifest.recipe.model_dump(mode="json")]
+    where = [target.backend, target.url, engines, subject.gate.tier, subject.batch_size]
+    images = [len(subject.images), images_sha256(subject.images)]
+    return json.dumps([*what, *where, *images, None if transfer is None else fingerprint(transfer)])
 
 
 def warn_of_gaps(compared: Comparison, tier: str, bundle: Bundle) -> None:

@@ -87,7 +87,6 @@ class Case(NamedTuple):
 
 
 def junit(report: Report) -> bytes:
-    """Return the report as JUnit XML, with the test cases of `cases`."""
     suite = ElementTree.Element("testsuite", name=f"mpdsgr validate {readable(report.bundle)}")
     tests = cases(report)
     for case in tests:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mpdsgr_deploy.atomic_files import sha256, writing
 from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
-from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint
+from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
@@ -65,21 +65,20 @@ class Target:
             network.attacker(self.trained, loss="ce", draws=1)
             yield network
 
-    def _predictor(self) -> AbstractContextManager[Predictor]:
-        if self.url is None:
-            return open_predictor(self.bundle, self.backend, self.precision)
-        return self._remote(self.url)
-
     @contextmanager
-    def _remote(self, url: str) -> Iterator[Predictor]:
+    def _predictor(self) -> Iterator[Predictor]:
+        if self.url is None:
+            with open_predictor(self.bundle, self.backend, self.precision) as predictor:
+                yield predictor
+            return
         manifest = self.bundle.manifest
         noise = NoiseSource(manifest.noise, manifest.recipe.validation.seed)
-        with RemoteModel(url, manifest.input_shape, len(manifest.labels), noise=noise, rate=self.rate) as remote:
+        with RemoteModel(self.url, manifest.input_shape, len(manifest.labels), noise=noise, rate=self.rate) as remote:
             inputs, logits = self.bundle.golden(self.precision)
             parity = compare(logits, remote(inputs))
             if parity.labels_differ:
                 raise EvaluationError(
-                    f"{url} does not serve this bundle: its answers to the golden batch differ ({parity})"
+                    f"{self.url} does not serve this bundle: its answers to the golden batch differ ({parity})"
                 )
             yield remote
 
@@ -166,11 +165,9 @@ def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tup
     for others, and for a damaged checkpoint.
     """
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
-    from mpdsgr_deploy.trained_networks import load_model
+    from mpdsgr_deploy.trained_networks import load_network
 
-    source = find_checkpoint(checkpoint_dir)
-    checkpoint = load_checkpoint(source)
+    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
     require_alike(checkpoint_dir, (checkpoint.shape, checkpoint.labels), (shape, labels))
-    network = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
     model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
     return Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))

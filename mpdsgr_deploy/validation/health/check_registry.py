@@ -70,13 +70,6 @@ class Convergence(NamedTuple):
     floor: float | None = None
 
 
-class Compared(NamedTuple):
-    """What the gate compares with. reference: whether these images have one; floors: whether the gate has any."""
-
-    reference: bool
-    floors: bool
-
-
 class Reach(NamedTuple):
     """Artefact and reference under the attacks that both met.
 
@@ -131,20 +124,20 @@ class Rebuilt(NamedTuple):
 class Evidence:
     """The evidence that checks examine. A part that is None is not available, and checks that need it do not run.
 
-    rule: a phrase that names the n images. compared, reach: see these classes. budget_faults: how attacked images break
-    the rules of their attack. verdicts [n] by condition, without an early stop. black_box, white_box: names of the
-    conditions within eps without and with the network's gradient. growth: verdicts [m] by eps. surrogates: those of all
-    attacks with gradients. trained: the training surrogate. gradients: how many were computed through it, how many of
-    these were zero, and how many not finite. artefact, fresh: the network here and in a new process. x: the clean
-    images [n, C, H, W], with logits [n, K] and true classes [n]. batch_sizes: the recipe's, and the largest of every
-    engine. rounded_outputs: whether the file rounds its logits to 8 bits. image_faults: how the images differ from the
-    promised ones. labels: the names of the K classes. foreign: parts of the file that are not standard. not_finite:
-    places of the images whose logits are not finite, by condition.
+    rule: a phrase that names the n images. against: what the gate compares with, "" for nothing. budget_faults: how
+    attacked images break the rules of their attack. verdicts [n] by condition, without an early stop. black_box,
+    white_box: names of the conditions within eps without and with the network's gradient. growth: verdicts [m] by eps.
+    surrogates: those of all attacks with gradients. trained: the training surrogate. gradients: how many were computed
+    through it, how many of these were zero, and how many not finite. artefact, fresh: the network here and in a new
+    process. x: the clean images [n, C, H, W], with logits [n, K] and true classes [n]. batch_sizes: the recipe's, and
+    the largest of every engine. rounded_outputs: whether the file rounds its logits to 8 bits. image_faults: how the
+    images differ from the promised ones. labels: the names of the K classes. foreign: parts of the file that are not
+    standard. not_finite: places of the images whose logits are not finite, by condition.
     """
 
     rule: str
     n: int
-    compared: Compared | None = None
+    against: str | None = None
     reach: Reach | None = None
     budget_faults: Sequence[str] | None = None
     verdicts: Verdicts | None = None
@@ -174,8 +167,6 @@ class Evidence:
 class Registered(NamedTuple):
     """A check in the registry. needs, may_use: the parts of the evidence that it requires, and that are optional."""
 
-    number: int
-    name: str
     needs: tuple[str, ...]
     may_use: tuple[str, ...]
     make: Callable[..., Check]
@@ -201,7 +192,7 @@ def health_check(number: int, name: str, *, why: str, advice: str) -> Callable[[
             return Check(number=number, name=name, state=state, saw=saw, why=why, advice=advice)
 
         needs = tuple(p for p, value in parameters.items() if value.default is inspect.Parameter.empty)
-        CHECKS[number] = Registered(number, name, needs, tuple(set(parameters) - set(needs)), make)
+        CHECKS[number] = Registered(needs, tuple(set(parameters) - set(needs)), make)
         return make
 
     return register
