@@ -9,16 +9,17 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdsgr_deploy.cli.bench_bundle import bench_bundle
 from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.number_list import number_list
-from mpdsgr_deploy.cli.output import json_option, print_json, print_table
-from mpdsgr_deploy.errors import InputError
+from mpdsgr_deploy.cli.output import json_option, opened_precisions, print_json, print_table
+from mpdsgr_deploy.errors import EvaluationError, InputError
+from mpdsgr_deploy.prediction.cost import Cost, estimate, measure_costs
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.load import Load, LoadMeasurement, measure
 from mpdsgr_deploy.serving.load.outcome import COLUMNS, LEGEND
 
 CONCURRENCY = "1,8,32"
+COST_COLUMNS = ("backend", "precision", "batch", "images/s", "ms per batch", "p95 ms", "MiB", "J per image")
 
 
 @click.command("bench")
@@ -131,16 +132,9 @@ def command(
         refuse_ignored("BUNDLE", "concurrency", "rate", "requests", "images", "seed", "api_key_file")
         if total is None:
             refuse_ignored("mpdsgr bench without --total", "hours")
-        bench_bundle(
-            bundle,
-            backends or [DEFAULT_BACKEND],
-            precisions,
-            batches,
-            seconds=seconds,
-            total=total,
-            hours=hours,
-            as_json=as_json,
-        )
+        opened, chosen = opened_precisions(bundle, precisions)
+        costs = measure_costs(opened, backends or [DEFAULT_BACKEND], chosen, batches, seconds=seconds)
+        _show_costs(costs, opened.path, total, hours, as_json)
         return
     assert url is not None
     refuse_ignored("--url", "backends", "precisions", "total", "hours")
@@ -166,13 +160,42 @@ def command(
         measure(url, loads, results, batch=batch, images=sent_images, seed=seed, key=key)
     except KeyboardInterrupt:
         interrupted = True
-    _show(results, url, batch, as_json)
+    _show_loads(results, url, batch, as_json)
     if interrupted:
         click.echo("interrupted; the figures cover what was measured before", err=True)
         sys.exit(130)
 
 
-def _show(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None:
+def _show_costs(costs: list[Cost], bundle: Path, total: int | None, hours: float, as_json: bool) -> None:
+    """Print the costs, with an estimate for `total` images in `hours`. Raises EvaluationError if none was measured."""
+    measured = [cost for cost in costs if not cost.error]
+    if not measured:
+        raise EvaluationError(f"nothing could be measured: {costs[0].error}")
+    best = max(measured, key=lambda cost: cost.images_per_second)
+    needed = None if total is None else estimate(best, total, hours)
+    if as_json:
+        print_json({"costs": [cost._asdict() for cost in costs], "estimate": needed and needed._asdict()})
+        return
+    print_table(COST_COLUMNS, [_row(cost) for cost in measured], f"{bundle}: speed, memory and energy on this machine")
+    for cost in costs:
+        if cost.error:
+            click.echo(f"not measured: {cost.backend} {cost.precision} batch {cost.batch}: {cost.error}")
+    if needed is not None:
+        click.echo(
+            f"{needed.images} images take {needed.hours:.2g} hours on this machine with {best.backend}, "
+            f"{best.precision} and batch {best.batch}; to finish them in {hours:g} hours takes {needed.machines} such "
+            "machines"
+        )
+
+
+def _row(cost: Cost) -> tuple[str, ...]:
+    memory = "-" if cost.memory_mib is None else f"{cost.memory_mib:.0f}"
+    joules = "-" if cost.joules is None else f"{cost.joules:.3g}"
+    times = (f"{cost.images_per_second:.1f}", f"{cost.latency_ms:.2f}", f"{cost.latency_p95_ms:.2f}")
+    return (cost.backend, cost.precision, str(cost.batch), *times, memory, joules)
+
+
+def _show_loads(results: LoadMeasurement, url: str, batch: int, as_json: bool) -> None:
     model, outcomes = results.model, results.outcomes
     warnings = [warning for outcome in outcomes for warning in outcome.warnings]
     tensors = None if model is None else "binary" if model.binary else "json"
