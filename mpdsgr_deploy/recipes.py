@@ -33,7 +33,6 @@ def shipped(stage: str) -> Path:
 
 
 def built_in_recipes() -> dict[str, Path]:
-    """Return the files of the recipes that ship, by name."""
     return {path.stem: path for path in sorted(shipped("train").glob("recipes/*.toml"), key=lambda p: p.stem)}
 
 

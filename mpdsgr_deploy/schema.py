@@ -83,7 +83,6 @@ def to_toml(values: dict[str, Any], table: str = "") -> str:
 
 
 def _inline(value: Any) -> str:
-    """Format a value as TOML on one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_inline(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):

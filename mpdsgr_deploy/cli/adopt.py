@@ -151,7 +151,8 @@ def command(
     )
     manifest = bundle.manifest
     if as_json:
-        print_json({"bundle": str(out), **manifest.provenance["adopted"], "reference": _promised(manifest.reference)})
+        reference_json = manifest.reference and manifest.reference.model_dump()
+        print_json({"bundle": str(out), **manifest.provenance["adopted"], "reference": reference_json})
         return
     for name, variant in manifest.variants.items():
         if variant.accuracy:
@@ -161,10 +162,6 @@ def command(
         worst = manifest.reference.correct["worst"]
         click.echo(f"under every attack of tier {manifest.reference.tier}: {worst} of {manifest.reference.n} correct")
     click.echo(f"bundle in {out}; next: mpdsgr validate {out} --report {out}-report")
-
-
-def _promised(reference: Any) -> Any:
-    return None if reference is None else reference.model_dump()
 
 
 def _labels(text: str | None) -> list[str]:

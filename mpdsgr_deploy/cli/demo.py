@@ -63,7 +63,6 @@ def command(out: Path, as_json: bool) -> None:
 
 
 def judge(bundle: Bundle, report_dir: Path) -> Report:
-    """Validate a bundle, and write and return the report."""
     from mpdsgr_deploy.validation import Target, validate
 
     report = validate(Target(bundle), report_dir=report_dir)
@@ -94,7 +93,6 @@ def damaged(bundle: Bundle, out: Path) -> tuple[str, Report]:
 
 
 def print_demo(report: Report, damaged_report: Report) -> None:
-    """Print the accuracy of the torch network, the exported one and the damaged copy, by condition."""
     rows = {row.name: row for row in report.rows}
     # without `worst` if the validation stopped because the gate had failed: it then covers only the attacks before
     damaged_rows = {row.name: row for row in damaged_report.rows if not (damaged_report.stopped and row.name == WORST)}

@@ -15,8 +15,14 @@ from mpdsgr_deploy.serving.deploy import triton as triton_files
 from mpdsgr_deploy.serving.source import choose_models
 
 FILE = click.Path(path_type=Path, dir_okay=False)
-REPLICAS = "Number of replicas, or the smallest and the largest number, between which the load decides."
 models_argument = click.argument("models", nargs=-1, required=True, metavar="[NAME=]BUNDLE[@PRECISION]...")
+replicas_option = click.option(
+    "--replicas",
+    default="1",
+    show_default=True,
+    metavar="N|MIN,MAX",
+    help="Number of replicas, or the smallest and the largest number, between which the load decides.",
+)
 out_option = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory for the files.")
 
 
@@ -117,7 +123,7 @@ def triton(
 )
 @click.option("--cpus", type=click.IntRange(1, 256), default=2, show_default=True, help="CPU cores per replica.")
 @click.option("--memory", default="2Gi", show_default=True, help="Memory per replica, as Kubernetes writes it.")
-@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help=REPLICAS)
+@replicas_option
 @click.option("--service-account", help="Kubernetes service account with the credentials for the storage.")
 @signature_option
 @verdict_option
@@ -163,7 +169,7 @@ def kserve(
 @command.command("ray")
 @models_argument
 @out_option
-@click.option("--replicas", default="1", show_default=True, metavar="N|MIN,MAX", help=REPLICAS)
+@replicas_option
 @click.option(
     "--gpu",
     type=click.FloatRange(0),

@@ -3,10 +3,8 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.metadata import requires
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
@@ -50,8 +48,10 @@ def command(bundle: str | None, as_json: bool) -> None:
       mpdsgr doctor
       mpdsgr doctor bundles/digits
     """
-    with copy_of(shipped("export") / "doctor" / "bundle") as small:
-        opened, precisions = opened_precisions(bundle or str(small))
+    with TemporaryDirectory() as folder:
+        # a copy, to which engines can be added
+        small = shutil.copytree(shipped("export") / "doctor" / "bundle", f"{folder}/bundle")
+        opened, precisions = opened_precisions(bundle or small)
         pairs = [(backend, precision) for backend in BACKENDS for precision in precisions]
         states = {pair: state(opened, *pair, build=bundle is None) for pair in track(pairs, "trying backends")}
     packages = {extra: {name: package_version(name) for name in names} for extra, names in extras().items()}
@@ -89,13 +89,6 @@ def grouped(states: Mapping[tuple[str, str], str]) -> list[tuple[str, str, str]]
     for (backend, precision), state in states.items():
         precisions.setdefault((backend, state), []).append(precision)
     return [(backend, ", ".join(names), state) for (backend, state), names in precisions.items()]
-
-
-@contextmanager
-def copy_of(directory: Path) -> Iterator[Path]:
-    """Provide a temporary copy of a bundle, to which engines can be added, for a with block."""
-    with TemporaryDirectory() as folder:
-        yield Path(shutil.copytree(directory, Path(folder) / directory.name))
 
 
 def state(bundle: Bundle, backend: str, precision: str, *, build: bool = False) -> str:

@@ -1,7 +1,7 @@
 """mpdsgr export"""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import click
 
@@ -11,9 +11,7 @@ from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import json_option, print_json
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
-
-if TYPE_CHECKING:
-    from mpdsgr_deploy.bundle import Bundle
+from mpdsgr_deploy.recipe import Recipe
 
 
 @click.command("export")
@@ -108,13 +106,24 @@ def command(
     else:
         refuse_ignored("the export of a training run", "data", "surrogate")
     need("onnxscript", "train")
-    from mpdsgr_deploy.exporting import export
+    from mpdsgr_deploy.adoption.evaluation_images import evaluation_images
+    from mpdsgr_deploy.exporting import export, export_module, find_module
 
     precisions = [name.strip() for name in precision.split(",") if name.strip()]
     if is_module:
         if data is None:
             raise InputError(f"{run} is a module; name the images on which it is attacked with --data")
-        bundle = _of_module(str(run), out, data, root, limit, surrogate, precisions, tier, images)
+        sample = evaluation_images(data, root, None, limit)
+        bundle = export_module(
+            find_module(str(run)),
+            sample,
+            out,
+            surrogate=surrogate,
+            precisions=precisions,
+            recipe=Recipe.model_validate({"data": {"name": Path(data).stem}}),
+            tier=tier,
+            carry_images=images,
+        )
     else:
         bundle = export(
             run,
@@ -145,40 +154,8 @@ def command(
 
 
 def _steps(text: str) -> int | Literal["auto"]:
-    """Return the value of --steps. Raises InputError for anything but "auto" or a positive whole number."""
     if text == "auto":
         return "auto"
     if not (text.isdecimal() and int(text)):
         raise InputError(f"--steps takes a number of time steps, or auto, not {text!r}")
     return int(text)
-
-
-def _of_module(
-    name: str,
-    out: Path,
-    data: str,
-    root: str | None,
-    limit: int | None,
-    surrogate: str,
-    precisions: list[str],
-    tier: str | None,
-    carry_images: bool,
-) -> "Bundle":
-    """Export the module that `name` finds, attacked on the images of `data`, to a bundle."""
-    from mpdsgr_deploy.adoption.evaluation_images import evaluation_images
-    from mpdsgr_deploy.exporting import export_module, find_module
-    from mpdsgr_deploy.recipe import Recipe
-
-    recipe = Recipe.model_validate({"data": {"name": Path(data).stem}})
-    images = evaluation_images(data, root, None, limit)
-    module = find_module(name)
-    return export_module(
-        module,
-        images,
-        out,
-        surrogate=surrogate,
-        precisions=precisions,
-        recipe=recipe,
-        tier=tier,
-        carry_images=carry_images,
-    )

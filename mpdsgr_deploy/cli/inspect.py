@@ -123,7 +123,10 @@ def command(
         raise InputError(f"--flips, --steps and --card need a bundle, and {path} is not one; export it first")
     if as_card:
         refuse_all_but("--card", "path", "as_card", "report")
-        print_card(open_bundle(path), report)
+        from mpdsgr_deploy.validation.card import card, report_about
+
+        bundle = open_bundle(path)
+        click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
         return
     refuse_unmeasured(is_bundle, flips=flips, steps=steps, plots=plots is not None)
     if plots is not None:
@@ -153,13 +156,6 @@ def refuse_unmeasured(is_bundle: bool, *, flips: bool, steps: bool, plots: bool)
         refuse_ignored("--plots", "report")
     else:
         refuse_ignored("a checkpoint without --plots", "report", *of_measurements, *of_checkpoints)
-
-
-def print_card(bundle: Bundle, report: Path | None) -> None:
-    """Print the bundle's model card, with the results of a report, if one is given."""
-    from mpdsgr_deploy.validation.card import card, report_about
-
-    click.echo(card(bundle, None if report is None else report_about(bundle, report)), nl=False)
 
 
 def write_attack_graph(bundle: str, out: Path) -> None:

@@ -29,7 +29,8 @@ def inspect_pair(a: str, b: str, *, plots: Path | None, root: str | None, images
     if as_json:
         print_json(as_record(*sides, differences))
         return
-    print_sides(*sides)
+    for letter, side in zip("AB", sides, strict=True):
+        print_sentence(f"{letter}: {side.kind} {side.name}")
     print_differences(differences)
     if plots is not None:
         print_sentence(f"{' and '.join(drawn)} in {plots}" if drawn else f"there was nothing to plot in {plots}")
@@ -45,11 +46,6 @@ def as_record(a: Side, b: Side, differences: Differences) -> dict[str, Any]:
     ]
     sides = {name: {"path": side.name, "kind": side.kind} for name, side in (("a", a), ("b", b))}
     return sides | differences._asdict() | {"layers": layers, "verdicts": verdicts}
-
-
-def print_sides(a: Side, b: Side) -> None:
-    for letter, side in (("A", a), ("B", b)):
-        print_sentence(f"{letter}: {side.kind} {side.name}")
 
 
 def print_differences(differences: Differences) -> None:

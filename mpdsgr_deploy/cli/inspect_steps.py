@@ -51,12 +51,10 @@ def accuracies(rows: "Sequence[StepCost]", precision: str) -> dict[str, list[flo
 
 
 def as_record(row: "StepCost") -> dict[str, Any]:
-    """Return a row as JSON values."""
     return row._asdict() | {"flips": {name: flips._asdict() for name, flips in row.flips.items()}}
 
 
 def cells(row: "StepCost") -> dict[str, str]:
-    """Return the texts of a row's cells, by column."""
     percent = {f"{name} %": f"{100 * correct / row.n:.1f}" for name, correct in row.correct.items()}
     flips = {
         f"{name} lost, regained": f"{pair.lost}, {pair.regained}"

@@ -6,13 +6,12 @@ import click
 
 from mpdsgr_deploy.address import parse_address
 from mpdsgr_deploy.cli.ignored import refuse_ignored
-from mpdsgr_deploy.cli.output import opened_bundle, precision_option, signature_option
+from mpdsgr_deploy.cli.output import backend_option, opened_bundle, precision_option, signature_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
 from mpdsgr_deploy.prediction.faults import place_of_faults
 from mpdsgr_deploy.prediction.selection import parse_shard, read_list
 from mpdsgr_deploy.prediction.writers import FORMATS
-from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.signing.trust import required_trust
 from mpdsgr_deploy.stores import Place, Stored, place_of
 
@@ -33,12 +32,7 @@ from mpdsgr_deploy.stores import Place, Stored, place_of
     show_default=True,
     help="What to do with an input that cannot be read: stop the run, or skip it and list it in OUT.skipped.csv.",
 )
-@click.option(
-    "--backend",
-    default=DEFAULT_BACKEND,
-    show_default=True,
-    help="Runtime of the network; `mpdsgr doctor` lists all. None has run on a GPU yet.",
-)
+@backend_option
 @precision_option
 @signature_option
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images per inference.")

@@ -8,6 +8,7 @@ from mpdsgr_deploy.api import rebuilding
 from mpdsgr_deploy.attacks.tiers import TIERS
 from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import (
+    backend_option,
     json_option,
     opened_bundle,
     precision_option,
@@ -15,7 +16,6 @@ from mpdsgr_deploy.cli.output import (
     print_table,
     signature_option,
 )
-from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.signing.trust import required_trust
 from mpdsgr_deploy.validation.gate import load_gate, signature_of_gate
 from mpdsgr_deploy.validation.report import EXIT_CODES, NOT_COMPARED, Report, accuracy_text, not_compared, sensitivity
@@ -24,12 +24,7 @@ from mpdsgr_deploy.validation.writing import report_directory, write_report
 
 @click.command("validate")
 @click.argument("bundle")
-@click.option(
-    "--backend",
-    default=DEFAULT_BACKEND,
-    show_default=True,
-    help="Runtime of the network; `mpdsgr doctor` lists all. None has run on a GPU yet.",
-)
+@backend_option
 @precision_option
 @signature_option
 @click.option("--url", help="Attack the server at http://HOST:PORT/v2/models/NAME, which must serve BUNDLE.")
@@ -139,7 +134,6 @@ def command(
 
 
 def print_report(report: Report) -> None:
-    """Print the table of conditions, the verdict with its reasons, and remarks."""
     rows = [
         (
             row.name,
