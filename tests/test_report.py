@@ -17,8 +17,7 @@ from mpdsgr_deploy.validation.health.check_registry import Check
 from mpdsgr_deploy.validation.report import Report
 from mpdsgr_deploy.validation.report_page import plain
 from mpdsgr_deploy.validation.rows import EarlyStop
-from mpdsgr_deploy.validation.summary import badge, junit, summary
-from mpdsgr_deploy.validation.writing import report_directory, write_report
+from mpdsgr_deploy.validation.writing import badge, junit, report_directory, summary, write_report
 
 FILES = {"report.json", "report.html", "junit.xml", "summary.md", "badge.json"}
 

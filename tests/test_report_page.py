@@ -20,7 +20,7 @@ from mpdsgr_deploy.validation.example_images import SIDE, chosen, examples, magn
 from mpdsgr_deploy.validation.report import Curve, Point, Report, findings
 from mpdsgr_deploy.validation.report_page import MOST, page, shown_eps, sweep
 from mpdsgr_deploy.validation.rows import EarlyStop, VerdictFlips
-from mpdsgr_deploy.validation.summary import badge, junit, summary
+from mpdsgr_deploy.validation.writing import badge, junit, summary
 
 EVIL = "<script>alert(1)</script>"
 CHROMIUM = shutil.which("chromium")
