@@ -101,22 +101,28 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], title:
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
-    if not (sys.stdout and sys.stdout.isatty()):
-        _print_lines(columns, cells, widths, title)
+    least = widths[0] + sum(min(width, NARROWEST) for width in widths[1:]) + 3 * len(columns) + 1  # with borders
+    on_terminal, console = sys.stdout and sys.stdout.isatty(), Console()
+    if on_terminal and least <= console.width:
+        console.print(_table(columns, cells, widths, title))
         return
-    console = Console()
-    borders = 3 * len(columns) + 1
-    least = widths[0] + sum(min(width, NARROWEST) for width in widths[1:])
-    if least + borders > console.width:
-        _print_blocks(columns, cells, title)
-        return
+    if title:
+        click.echo(title)
+    if on_terminal:
+        _print_blocks(columns, cells)
+    else:
+        for row in (columns, *cells):
+            click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _table(columns: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int], title: str | None) -> Table:
     table = Table(title=title and Text(title), title_justify="left")
     for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
         least_width = None if number == 0 else min(width, NARROWEST)
         table.add_column(Text(column), overflow="fold", no_wrap=number == 0, min_width=least_width)
     for row in cells:
         table.add_row(*map(Text, row))  # as Text, because rich takes square brackets in strings for markup
-    console.print(table)
+    return table
 
 
 def print_sentence(text: str) -> None:
@@ -124,19 +130,7 @@ def print_sentence(text: str) -> None:
     click.echo(click.wrap_text(text, Console().width) if sys.stdout and sys.stdout.isatty() else text)
 
 
-def _print_lines(
-    columns: Sequence[str], cells: Sequence[Sequence[str]], widths: Sequence[int], title: str | None
-) -> None:
-    if title:
-        click.echo(title)
-    for row in (columns, *cells):
-        padded = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-        click.echo("  ".join(padded).rstrip())
-
-
-def _print_blocks(columns: Sequence[str], cells: Sequence[Sequence[str]], title: str | None) -> None:
-    if title:
-        click.echo(title)
+def _print_blocks(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
     for row in cells:
         click.echo(row[0])
         for column, cell in zip(columns[1:], row[1:], strict=True):

@@ -1,7 +1,6 @@
 """mpdsgr sign"""
 
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
@@ -16,14 +15,6 @@ from mpdsgr_deploy.validation.attestation import sign_report
 from mpdsgr_deploy.validation.report import REPORT, Report, load_report
 
 FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
-
-
-class NamedReport(NamedTuple):
-    """A report that the arguments name, its directory, and the bundle among the arguments that it is about, if any."""
-
-    directory: Path
-    report: Report
-    bundle: Bundle | None
 
 
 @click.command("sign")
@@ -58,7 +49,7 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
     need("model_signing.signing", "sign")
     signer = Signer(key, certificate)
     bundles = [open_bundle(path) for path in paths if (path / MANIFEST).is_file()]
-    reports = [_named_report(path, bundles) for path in paths if not (path / MANIFEST).is_file()]
+    reports = [(path, *_read_report(path, bundles)) for path in paths if not (path / MANIFEST).is_file()]
     written = [sign_bundle(bundle.path, signer) for bundle in bundles]
     for directory, report, bundle in reports:
         place, content = sign_report(directory, signer)
@@ -72,18 +63,21 @@ def command(paths: tuple[Path, ...], key: Path | None, certificate: Path | None,
         click.echo(path)
 
 
-def _named_report(path: Path, bundles: list[Bundle]) -> NamedReport:
-    """Read a report. Raises InputError if it is not one, and if there are `bundles` but it is about none of them."""
+def _read_report(path: Path, bundles: list[Bundle]) -> tuple[Report, Bundle | None]:
+    """Return the report in a directory, and the one of `bundles` that it is about; None if `bundles` is empty.
+
+    Raises InputError if it is not a report, and if it is about none of the bundles.
+    """
     if not (path / REPORT).is_file():
         raise InputError(f"{path} is neither a bundle (with {MANIFEST}) nor a directory with {REPORT}")
     report = load_report(path)
     for bundle in bundles:
         if bundle.manifest.digest == report.bundle_sha256:
             bundle.variant(report.precision)
-            return NamedReport(path, report, bundle)
+            return report, bundle
     if bundles:
         raise InputError(
             f"{path} is the report of another bundle than {bundles[0].path}; validate that bundle, or sign the two in "
             "separate commands"
         )
-    return NamedReport(path, report, None)
+    return report, None

@@ -62,7 +62,11 @@ def command(
     """
     if from_reports:
         refuse_all_but("--from", "name", "rows", "from_reports")
-        rank([Path(path) for path in (name, *rows) if path is not None])
+        from mpdsgr_deploy.experiments.leaderboard import read_report, render
+
+        if name is None:
+            raise InputError("--from takes validation reports: report.json, or the directory it lies in")
+        click.echo(render([read_report(Path(path)) for path in (name, *rows)]), nl=False)
         return
     if name is None:
         tables = {stem: load_table(stem)[1] for stem in built_in_tables()}
@@ -95,14 +99,6 @@ def command(
 
         pack_results(stem, runs=how.runs, results=how.results, out=pack)
     sys.exit(code)
-
-
-def rank(reports: list[Path]) -> None:
-    from mpdsgr_deploy.experiments.leaderboard import read_report, render
-
-    if not reports:
-        raise InputError("--from takes validation reports: report.json, or the directory it lies in")
-    click.echo(render([read_report(path) for path in reports]), nl=False)
 
 
 def write_pages(stem: str, table: TableSpec, how: Measuring) -> None:

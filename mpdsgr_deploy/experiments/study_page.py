@@ -8,7 +8,7 @@ from mpdsgr_deploy.experiments import study_plots
 from mpdsgr_deploy.experiments.effect import CONDITIONS, Pair, common_seeds, effect, emptied, pairs, pooled, verdict
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, unmeasured
-from mpdsgr_deploy.experiments.records import Measured, Record, load_measured
+from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.row_comparison import shorts
 from mpdsgr_deploy.experiments.study import PREFIX, Study
 
@@ -69,7 +69,8 @@ def effects(study: Study, compared: list[Pair]) -> str:
     rows = []
     for setting, method, records, baseline in compared:
         cells = [str(effect(records, baseline, condition) or "-") for condition in CONDITIONS.values()]
-        marked = verdict(records, baseline) + ("" if all(map(healthy, (*records, *baseline))) else " *")
+        healthy = all(check.passed for record in (*records, *baseline) for check in record.attacked.health)
+        marked = verdict(records, baseline) + ("" if healthy else " *")
         count = str(len(common_seeds(records, baseline)))
         emptier = f"{emptied(records, baseline):+.3f}"
         rows.append([setting.factor, setting.name, method.name, count, emptier, marked, *cells])
@@ -86,10 +87,6 @@ def effects(study: Study, compared: list[Pair]) -> str:
     )
     columns = ["factor", "setting", "method", "seeds", "emptier", "verdict", *CONDITIONS]
     return markdown(columns, rows) + f"\n\n{note}"
-
-
-def healthy(record: Record) -> bool:
-    return all(check.passed for check in record.attacked.health)
 
 
 def together(compared: list[Pair]) -> str:

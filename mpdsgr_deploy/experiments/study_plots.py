@@ -19,7 +19,7 @@ from mpdsgr_deploy.experiments.effect import (
     verdict,
 )
 from mpdsgr_deploy.experiments.records import Measured
-from mpdsgr_deploy.experiments.row_comparison import Difference, cell
+from mpdsgr_deploy.experiments.row_comparison import cell
 from mpdsgr_deploy.experiments.study import Study
 from mpdsgr_deploy.experiments.table_plots import small_png
 
@@ -50,7 +50,10 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
     panels = figure.subplots(1, len(DRAWN), sharex=True, sharey=True)
     for axes, heading in zip(panels, DRAWN, strict=True):
         for position, pair in enumerate(compared):
-            draw_effect(axes, position, effect(pair.records, pair.baseline, CONDITIONS[heading]))
+            if (gained := effect(pair.records, pair.baseline, CONDITIONS[heading])) is not None:
+                colour = COLOURS[HELPS if gained.low > 0 else HURTS if gained.high < 0 else OPEN]
+                axes.plot([gained.low, gained.high], [position, position], color=colour)
+                axes.plot([gained.mean], [position], "o", color=colour, markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(f"points under {heading}")
         plain(axes, "x")
@@ -58,13 +61,6 @@ def effects(study: Study, compared: list[Pair]) -> bytes:
     panels[0].set_ylim(len(compared) - 0.5, -0.5)
     figure.suptitle("colour: the interval excludes zero", fontsize=9)
     return small_png(figure)
-
-
-def draw_effect(axes: Axes, position: int, points: Difference | None) -> None:
-    if points is not None:
-        colour = COLOURS[HELPS if points.low > 0 else HURTS if points.high < 0 else OPEN]
-        axes.plot([points.low, points.high], [position, position], color=colour)
-        axes.plot([points.mean], [position], "o", color=colour, markersize=4)
 
 
 def dose(study: Study, compared: list[Pair]) -> bytes:

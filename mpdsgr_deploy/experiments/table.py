@@ -9,7 +9,7 @@ from mpdsgr_deploy.attacks.condition import PGD
 from mpdsgr_deploy.attacks.tiers import TierEntry, entry, suite_of
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose
-from mpdsgr_deploy.recipe import Attack, Gate, Recipe, load_recipe
+from mpdsgr_deploy.recipe import Attack, Recipe, load_recipe
 from mpdsgr_deploy.recipes import find_recipe, shipped
 from mpdsgr_deploy.schema import Count, NonNegative, Number, Section, Seed, UnitInterval, parse, read_toml
 
@@ -48,10 +48,6 @@ class ExportSpec(Section):
     precisions: Annotated[tuple[str, ...], Field(strict=False, min_length=1)] = ("fp32",)
     max_drop: UnitInterval | None = None
     membranes: str | None = None
-
-    @property
-    def gate(self) -> Gate:
-        return Gate(tier=self.tier, max_drop=self.max_drop)
 
 
 class TableSpec(Section):

@@ -12,7 +12,6 @@ import torch
 
 from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
-from mpdsgr_deploy.checkpoint import Checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
@@ -25,7 +24,7 @@ from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import SpikingNet
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.recipe import Recipe
+from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime.session import CUDA
 from mpdsgr_deploy.schema import parse
 from mpdsgr_deploy.trained_networks import load_network
@@ -153,15 +152,10 @@ def measure(run: Run) -> Record:
         artefacts=artefacts,
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
-        init=started_from(checkpoint),
+        init=checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")},
     )
     put_record(run.folder / RECORDS, record, KEY)
     return record
-
-
-def started_from(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return hash and epoch of the trained weights that training started from; None for random weights."""
-    return checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")}
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
@@ -180,12 +174,13 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
         root, limit = run.places.root, run.recipe.validation.limit
         export(checkpoint, bundle, recipe=run.recipe, precisions=others, root=root, limit=limit, tier=artefact.tier)
     reports = {}
+    gate = Gate(tier=artefact.tier, max_drop=artefact.max_drop)
     for precision in artefact.precisions:
         file = folder / f"{precision}.json"
         if not file.exists():
             log.info("%s: %s on %s", run.directory.name, precision, backend)
             target = Target(open_bundle(bundle), backend, precision)
-            report = validate(target, gate=artefact.gate, report_dir=folder / precision)
+            report = validate(target, gate=gate, report_dir=folder / precision)
             without_pictures = report.model_copy(update={"examples": []})
             write_atomic(file, without_pictures.model_dump_json().encode())
         reports[precision] = Report.model_validate_json(file.read_bytes())

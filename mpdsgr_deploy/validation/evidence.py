@@ -52,12 +52,14 @@ def rebuilt(rebuild: Rebuild, bundle: Bundle) -> Rebuilt:
 
 def attacked_evidence(evidence: Evidence, subject: Subject, measurement: Measurement) -> Evidence:
     """Return `evidence` with that from the attacks; after an early stop, without what needs all attacks."""
+    target = subject.target
+    engines = [made.batch for made in target.bundle.prepared(target.backend, target.precision) if made.batch]
     evidence = replace(
-        of_attacks(evidence, measurement, subject.suite.conditions, subject.target.trained),
+        of_attacks(evidence, measurement, subject.suite.conditions, target.trained),
         artefact=subject.suite.network,
-        fresh=subject.target.fresh(),
+        fresh=target.fresh(),
         x=subject.images.unit(),
-        batch_sizes=[subject.batch_size, *subject.target.largest_batches()],
+        batch_sizes=[subject.batch_size, *(largest for _, _, largest in engines)],
     )
     if measurement.stopped is not None:
         return evidence

@@ -67,14 +67,10 @@ def signature_of_gate(path: Path) -> str | None:
     return beside(path, text)
 
 
-def usual_limit(gate: Gate) -> float:
-    """Return the limit on drops, in [0, 1], of conditions without a rule of their own: the gate's, else the tier's."""
-    return TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
-
-
 def limit(gate: Gate, name: str) -> float:
     """Return the limit on the drop of accuracy in a condition, in [0, 1]; 1 allows any drop."""
-    return gate.drops.get(name, 1.0 if name in UNLIMITED else usual_limit(gate))
+    usual = TIERS[gate.tier].max_drop if gate.max_drop is None else gate.max_drop
+    return gate.drops.get(name, 1.0 if name in UNLIMITED else usual)
 
 
 def significant(name: str) -> float:

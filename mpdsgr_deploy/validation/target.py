@@ -109,10 +109,6 @@ class Target:
             faults += [f"{precision}: {fault}" for fault in foreign_parts(network, promised)]
         return faults
 
-    def largest_batches(self) -> list[int]:
-        """Return the largest batch of each engine that was built for this backend and precision."""
-        return [one.batch[-1] for one in self.bundle.prepared(self.backend, self.precision) if one.batch is not None]
-
     def fresh(self) -> Predictor | None:
         """Return a predictor that computes each batch in a new `mpdsgr predict` process; None for a server."""
         if self.url is not None:
