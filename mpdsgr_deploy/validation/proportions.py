@@ -63,6 +63,7 @@ def sign_flip_tail(differences: NDArray[np.int64]) -> float:
     return min(1.0, float(negative[: measured + 1].sum()))
 
 
+@lru_cache(1024)  # most rows of a report have the same few flips
 def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: float) -> float | None:
     """Return the smallest true drop in [0, 1] that the gate refuses with a probability of 90 %; None if there is none.
 
@@ -70,11 +71,7 @@ def smallest_drop(n: int, allowed: float, worse: int, better: int, significant: 
     significant: the p-value below which the gate calls a drop significant.
     """
     # the smaller count is the estimate of how many verdicts rounding alone flips in each direction
-    return _smallest(n, allowed, min(worse, better) / n, significant)
-
-
-@lru_cache(1024)  # most rows of a report have the same few flips
-def _smallest(n: int, allowed: float, flips: float, significant: float) -> float | None:
+    flips = min(worse, better) / n
     low, high = 0.0, 1.0 - 2 * flips
     if allowed >= 1 or refused(n, allowed, flips, high, significant) < RELIABLE:
         return None
@@ -99,14 +96,9 @@ def refused(n: int, allowed: float, flips: float, drop: float, significant: floa
     fewest, most = max(0, math.floor(n * rate - spread)), min(n, math.ceil(n * rate + spread))
     counts = np.arange(fewest, most + 1)
     weights = np.exp(_log_binomial(n, counts, rate))
-    chances = [_refused_of(int(count), n, allowed, (flips + drop) / rate, significant) for count in counts]
+    share, limit = (flips + drop) / rate, allowed * n + 1e-9  # a flip is for the worse with probability `share`
+    chances = [np.exp(_log_binomial(k, _refused_counts(k, limit, significant), share)).sum() for k in counts.tolist()]
     return float(weights @ np.array(chances))
-
-
-def _refused_of(discordant: int, n: int, allowed: float, share: float, significant: float) -> float:
-    """Return the probability of refusal if `discordant` verdicts flip, each for the worse with probability `share`."""
-    counts = _refused_counts(discordant, allowed * n + 1e-9, significant)
-    return float(np.exp(_log_binomial(discordant, counts, share)).sum())
 
 
 @lru_cache(4096)
