@@ -1,7 +1,6 @@
 """Images in NumPy's array files, read on demand from disk, or from a store by byte ranges."""
 
 from concurrent.futures import Executor
-from copy import copy
 from pathlib import Path
 from typing import IO
 from zipfile import ZipFile
@@ -10,14 +9,14 @@ import numpy as np
 
 from mpdsgr_deploy.data.image_files import Shape
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.prediction.sources import ImageSource, Pixels, reading
+from mpdsgr_deploy.prediction.sources import Pixels, ShardFile, reading
 from mpdsgr_deploy.runtime.image_batches import check_images
-from mpdsgr_deploy.stores import Place, opened, stamp_of, suffix_of
+from mpdsgr_deploy.stores import Place, opened, suffix_of
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-class ArrayFile:
+class ArrayFile(ShardFile):
     """The images [N, C, H, W] of a .npy file, or of a .npz file's array `images`, or else its first array.
 
     They are uint8, or float32 in [0, 1]; shape: (C, H, W). Raises InputError for another dtype or shape, for pixels out
@@ -25,9 +24,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: Place, shape: Shape) -> None:
-        self._path, self.shape = path, shape
-        self._stamp = stamp_of(path)
-        self._file: IO[bytes] | None = None
+        super().__init__(path, shape)
         with reading(f"array {path}"), self._open() as file:
             version = np.lib.format.read_magic(file)
             if version not in HEADERS:
@@ -45,18 +42,7 @@ class ArrayFile:
             raise InputError(
                 f"{path} is in Fortran order, so its images are not contiguous; save np.ascontiguousarray of the array"
             )
-        self._count = array_shape[0]
-
-    def __len__(self) -> int:
-        return self._count
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        own_copy = copy(self)
-        own_copy._file = None
-        return own_copy, start
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return [f"{self._path}[{i}]" for i in range(start, stop)]
+        self.count = array_shape[0]
 
     def read(self, start: int, stop: int, pool: Executor) -> Pixels:
         images: Pixels = np.empty((stop - start, *self.shape), self._dtype)
@@ -75,14 +61,6 @@ class ArrayFile:
         if stop == len(self):
             self.close()
         return images
-
-    def stamp(self, start: int, stop: int) -> str:
-        return f"{self._stamp}{start}:{stop}"
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def _open(self) -> IO[bytes]:
         if suffix_of(self._path) == ".npy":

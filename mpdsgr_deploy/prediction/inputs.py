@@ -140,12 +140,11 @@ class Inputs(AbstractContextManager["Inputs"]):
         last = self._sources[-1] if self._sources else None
         if not names.images:
             return
-        if isinstance(last, ImageFiles | StoredImages) and last.store == names.store:
+        if isinstance(last, ImageFiles) and last.store == names.store:
             last.extend(names.images)
-        elif names.store is None:
-            self._sources.append(ImageFiles(names.images, self._shape))
         else:
-            self._sources.append(StoredImages(names.images, self._shape, names.store))
+            kind = ImageFiles if names.store is None else StoredImages
+            self._sources.append(kind(names.images, self._shape, names.store))
 
     def __len__(self) -> int:
         return sum(map(len, self._sources))

@@ -4,9 +4,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import closing
-from copy import copy
 from itertools import accumulate
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +13,15 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.data.image_files import Shape
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import need
-from mpdsgr_deploy.prediction.sources import ImageSource, decoded, reading, takes_images
-from mpdsgr_deploy.stores import Place, opened, stamp_of
+from mpdsgr_deploy.prediction.sources import ShardFile, decoded, reading, takes_images
+from mpdsgr_deploy.stores import Place, opened
 
 NAMES = ("image", "img")  # names of the column of images; if there is neither, the types of columns decide
 BYTES = ("binary", "large_binary", "binary_view")  # Arrow's types of bytes
 PAGES = 2**20  # bytes that are read at a time, because a row group may be larger than the memory
 
 
-class ParquetImages:
+class ParquetImages(ShardFile):
     """The rows of a Parquet file, each with an encoded image as bytes or as Hugging Face's struct {bytes, path}.
 
     The name of a row is FILE[row]. Rows are read one after another, a few pages at a time.
@@ -31,34 +30,22 @@ class ParquetImages:
     event frames.
     """
 
+    _batches: Iterator[list[bytes | None]]
+    _rows: list[bytes | None]  # the rows in memory, from row `_first` on
+
     def __init__(self, path: Place, shape: Shape) -> None:
         if not takes_images(shape):
             raise InputError(f"{path} holds images, but the network takes event frames {list(shape)}")
-        self._path, self.shape = path, shape
-        self._stamp = stamp_of(path)
-        self._file: IO[bytes] | None
-        self._batches: Iterator[list[bytes | None]]
-        self._rows: list[bytes | None]  # the rows in memory, from row `_first` on
-        self._forget()
+        super().__init__(path, shape)
         with reading(f"Parquet file {path}"), closing(self):
             table = self._open()
             self._column = image_column(table.schema_arrow, str(path))
             groups = range(table.metadata.num_row_groups)
             # the first row of each row group, and the number of all rows
             self._starts = [0, *accumulate(table.metadata.row_group(i).num_rows for i in groups)]
-        if not len(self):
+            self.count = self._starts[-1]
+        if not self.count:
             raise InputError(f"{path} has no rows")
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        own_copy = copy(self)
-        own_copy._forget()
-        return own_copy, start
-
-    def names(self, start: int, stop: int) -> list[str]:
-        return [f"{self._path}[{i}]" for i in range(start, stop)]
 
     def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
         names = self.names(start, stop)
@@ -68,14 +55,6 @@ class ParquetImages:
                 raise InputError(f"{name} holds no bytes; a row must contain the image file itself, not only its name")
             contents.append(content)
         return decoded(names, contents, self.shape, pool)
-
-    def stamp(self, start: int, stop: int) -> str:
-        return f"{self._stamp}{start}:{stop}"
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._forget()
 
     def _rows_from(self, start: int, stop: int) -> list[bytes | None]:
         """Return rows from `start` up to, but not including, `stop`; they stay in memory until later ones are read."""
@@ -116,9 +95,9 @@ class ParquetImages:
         return need("pyarrow.parquet", "parquet").ParquetFile(self._file, buffer_size=PAGES)
 
     def _forget(self) -> None:
-        self._file = None
+        super()._forget()
         self._batches = iter(())
-        self._rows, self._first = [], -1  # no row is in memory
+        self._rows, self._first = [], -1
 
 
 def image_column(schema: Any, path: str) -> str:

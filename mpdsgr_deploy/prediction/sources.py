@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.data.events import decode_frames, read_frames
 from mpdsgr_deploy.data.image_files import Shape, decode_image, read_image
 from mpdsgr_deploy.errors import InputError, explained, one_line
-from mpdsgr_deploy.stores import failure, is_empty, name_in, stamp_of
+from mpdsgr_deploy.stores import Place, failure, is_empty, name_in, stamp_of
 
 Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 
@@ -49,12 +50,9 @@ def takes_images(shape: Shape) -> bool:
 class ImageFiles:
     """Image files, or event recordings if the network's input does not have 1 or 3 channels."""
 
-    store = None
-
-    def __init__(self, files: Sequence[str], shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, files: Sequence[str], shape: Shape, store: Any = None) -> None:
+        self.shape, self.store = shape, store
         self._files = list(files)  # as strings, because a million Path objects take several times the memory
-        self._decode = partial(read_image if takes_images(shape) else read_frames, shape=shape)
 
     def extend(self, files: Sequence[str]) -> None:
         self._files += files
@@ -63,13 +61,14 @@ class ImageFiles:
         return len(self._files)
 
     def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        return ImageFiles(self._files[start:stop], self.shape), 0
+        return type(self)(self._files[start:stop], self.shape, self.store), 0
 
     def names(self, start: int, stop: int) -> list[str]:
         return self._files[start:stop]
 
     def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
-        return np.stack(list(pool.map(self._decode, map(Path, self._files[start:stop]))))  # pillow releases the GIL
+        read = partial(read_image if takes_images(self.shape) else read_frames, shape=self.shape)
+        return np.stack(list(pool.map(read, map(Path, self._files[start:stop]))))  # pillow releases the GIL
 
     def stamp(self, start: int, stop: int) -> str:
         return "".join(stamp_of(Path(file)) for file in self._files[start:stop])
@@ -77,31 +76,19 @@ class ImageFiles:
     def close(self) -> None: ...
 
 
-class StoredImages:
+class StoredImages(ImageFiles):
     """Image files in `store`, a file system of fsspec, given by their stamps. Those of a range are fetched together.
 
-    `read` raises InputError for a file that is missing or damaged, StoreError for a store that cannot be reached.
+    A stamp begins with the address, so that a file needs only one string. `read` raises InputError for a file that is
+    missing or damaged, StoreError for a store that cannot be reached.
     """
 
-    def __init__(self, stamps: Sequence[str], shape: Shape, store: Any) -> None:
-        self.shape, self.store = shape, store
-        self._stamps = list(stamps)  # a stamp begins with the address, so that a file needs only one string
-
-    def extend(self, stamps: Sequence[str]) -> None:
-        self._stamps += stamps
-
-    def __len__(self) -> int:
-        return len(self._stamps)
-
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
-        return StoredImages(self._stamps[start:stop], self.shape, self.store), 0
-
     def names(self, start: int, stop: int) -> list[str]:
-        return [name_in(stamp) for stamp in self._stamps[start:stop]]
+        return [name_in(stamp) for stamp in self._files[start:stop]]
 
     def read(self, start: int, stop: int, pool: Executor) -> NDArray[np.uint8]:
         names = self.names(start, stop)
-        non_empty = [name_in(stamp) for stamp in self._stamps[start:stop] if not is_empty(stamp)]
+        non_empty = [name_in(stamp) for stamp in self._files[start:stop] if not is_empty(stamp)]
         # not `cat`, which takes the brackets of photo[1].png for a pattern. A range from byte 0 on, because s3fs asks
         # for the size before it fetches a whole file; S3 refuses such a range of an empty file.
         contents = dict(zip(non_empty, self.store.cat_ranges(non_empty, 0, None, on_error="return"), strict=True))
@@ -111,9 +98,40 @@ class StoredImages:
         return decoded(names, (contents.get(name, b"") for name in names), self.shape, pool)
 
     def stamp(self, start: int, stop: int) -> str:
-        return "".join(self._stamps[start:stop])
+        return "".join(self._files[start:stop])
 
-    def close(self) -> None: ...
+
+class ShardFile:
+    """One file with `count` images, which stays open between reads. Image i is named FILE[i]."""
+
+    count: int
+    _file: IO[bytes] | None
+
+    def __init__(self, path: Place, shape: Shape) -> None:
+        self._path, self.shape, self._stamp = path, shape, stamp_of(path)
+        self._forget()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def part(self, start: int, stop: int) -> tuple[Self, int]:
+        own_copy = copy(self)
+        own_copy._forget()
+        return own_copy, start
+
+    def names(self, start: int, stop: int) -> list[str]:
+        return [f"{self._path}[{i}]" for i in range(start, stop)]
+
+    def stamp(self, start: int, stop: int) -> str:
+        return f"{self._stamp}{start}:{stop}"
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._file = None
 
 
 def reading(what: str) -> AbstractContextManager[None]:
