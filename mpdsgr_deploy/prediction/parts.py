@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol
+from typing import IO, Any, BinaryIO
 
 from mpdsgr_deploy.atomic_files import complete_file, write_atomic
 from mpdsgr_deploy.claimed_directories import claim_directory, not_ours
@@ -37,53 +37,21 @@ def skipped_name(number: int) -> str:
     return f"_skipped-{number:05}.csv"
 
 
-class Parts(Protocol):
-    """A folder of parts. Methods raise InputError or StoreError if it cannot be read or written."""
-
-    def claimed(self) -> AbstractContextManager[None]:
-        """Claim the folder for a with block.
-
-        Raises InputError if it holds other files, or if another process on this machine writes to it.
-        """
-        ...
-
-    def describe(self, job: dict[str, Any]) -> None:
-        """Write the description of the job to _job.json. Raises InputError if the folder has parts of another job."""
-        ...
-
-    def names(self) -> set[str]:
-        """Return the names of the files in the folder."""
-        ...
-
-    def part(self, number: int) -> AbstractContextManager[BinaryIO]:
-        """Open a file for writing, which becomes the part if the with block ends without an error."""
-        ...
-
-    def open(self, name: str) -> IO[bytes]: ...
-    def write(self, name: str, content: bytes) -> None: ...
-    def remove(self, name: str) -> None:
-        """Remove a file, if it exists."""
-        ...
-
-
-def parts_at(place: Place) -> Parts:
-    """Return the folder of parts at a local path or in a store."""
-    return PartsInStore(place) if isinstance(place, Stored) else PartsHere(place)
-
-
 class PartsHere:
-    """Parts in a local or shared directory, which is locked while a job runs."""
+    """Parts in a local or shared directory. Methods raise InputError if it cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
+        """Lock the folder for a with block. Raises InputError if it holds other files, or if it is locked already."""
         claim_directory(self._path, JOB, WHAT)
         with exclusive(self._path / LOCK, "mpdsgr predict"):
             yield
 
     def describe(self, job: dict[str, Any]) -> None:
+        """Write the description of the job to _job.json. Raises InputError if the folder has parts of another job."""
         with suppress(OSError, ValueError):
             if json.loads((self._path / JOB).read_bytes()) != job:
                 raise _other_job(self._path)
@@ -93,6 +61,7 @@ class PartsHere:
         return {path.name for path in self._path.iterdir()}
 
     def part(self, number: int) -> AbstractContextManager[BinaryIO]:
+        """Open a file for writing, which becomes the part if the with block ends without an error."""
         path = self._path / part_name(number)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two processes may write the same part
         return complete_file(path, temporary, "finished parts are kept")
@@ -108,10 +77,10 @@ class PartsHere:
 
 
 class PartsInStore:
-    """Parts in an object store, which has no locks and shows a file only once it is complete.
+    """The same in an object store, which has no locks and shows a file only once it is complete.
 
     Of two different jobs only one can create _job.json, so that their parts do not mix. Two processes with the same job
-    write the same files twice.
+    write the same files twice. Methods also raise StoreError.
     """
 
     def __init__(self, place: Stored) -> None:
@@ -159,6 +128,14 @@ class PartsInStore:
 
     def _put(self, name: str, content: bytes, **options: str) -> None:
         self._place.store.pipe_file((self._place / name).path, content, **options)
+
+
+Parts = PartsHere | PartsInStore
+
+
+def parts_at(place: Place) -> Parts:
+    """Return the folder of parts at a local path or in a store."""
+    return PartsInStore(place) if isinstance(place, Stored) else PartsHere(place)
 
 
 def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
