@@ -20,7 +20,7 @@ from mpdsgr_deploy.runtime.inference_protocol import encode_request
 from mpdsgr_deploy.serving import served_model
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.batcher import Images, Outputs
-from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc import start_grpc
 from mpdsgr_deploy.serving.settings import ServerSettings
 
 
@@ -140,8 +140,8 @@ class TestServer:
         async def test() -> None:
             async with started(BUNDLE) as server, asyncio.timeout(PATIENCE):
                 network = self.held(server)
-                listening = await Grpc.start(server, "127.0.0.1", 0, None)
-                async with grpc.aio.insecure_channel(f"127.0.0.1:{listening.port}") as channel:
+                listening = await start_grpc(server, "127.0.0.1", 0, None)
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
                     ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
                     first = ask(call(1))
                     await entered(network)

@@ -21,7 +21,7 @@ from served import BUNDLE, INFER, Connection, eventually, http, images, request
 from served_clients import asked
 
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc import start_grpc
 from mpdsgr_deploy.serving.listener import Listener
 from mpdsgr_deploy.serving.server import _bound
 from mpdsgr_deploy.serving.settings import Limits, ServerSettings
@@ -51,8 +51,8 @@ class Running:
         self.port = sock.getsockname()[1]
         listener = Listener(self.server, sock, None)
         listener.start()
-        grpc = await Grpc.start(self.server, "127.0.0.1", 0, None)
-        self.grpc_port = grpc.port
+        grpc = await start_grpc(self.server, "127.0.0.1", 0, None)
+        self.grpc_port = self.server.grpc_port
         await self.server.start()
         self._ready.set()
         await asyncio.to_thread(self._end.wait)

@@ -20,7 +20,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc import start_grpc
 from mpdsgr_deploy.serving.security import check_exposure
 
 
@@ -130,8 +130,8 @@ def test_nothing_in_a_request_reaches_a_file(tmp_path: Path) -> None:
         global watching
         async with started(served, repository_control=True) as server:
             client = Client(server)
-            listening = await Grpc.start(server, "127.0.0.1", 0, None)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{listening.port}") as channel:
+            listening = await start_grpc(server, "127.0.0.1", 0, None)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
                 stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
                 async def ask_all() -> list[int]:

@@ -24,7 +24,7 @@ from served import BUNDLE, INFER, VERSION, Served, images, request
 from served_clients import asked
 from tritonclient.grpc import service_pb2_grpc
 
-from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc import start_grpc
 from mpdsgr_deploy.serving.logs import LONGEST_PATH, log_json
 
 
@@ -193,8 +193,8 @@ def test_an_inference_is_a_span_below_the_callers(spans: InMemorySpanExporter) -
             told = {"traceparent": PARENT, "x_request_id": "mine"}
             assert (await Client(server).post(INFER, request(images()), **told)).status == 200
             assert (await Client(server).post(INFER, request(images()))).status == 200
-            listening = await Grpc.start(server, "127.0.0.1", 0, None)
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{listening.port}") as channel:
+            listening = await start_grpc(server, "127.0.0.1", 0, None)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
                 ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
                 await ask(asked(1, "bundle"), metadata=[("traceparent", PARENT)])
             await listening.stop(1)

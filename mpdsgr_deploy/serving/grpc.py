@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -31,27 +31,8 @@ SMALLEST_WINDOW = 65_535  # bytes, the window with which every HTTP/2 connection
 LARGEST_WINDOW = 1 << 20  # bytes, the largest window
 
 
-def health(guard: Guard) -> list[Any]:
-    """Return the health service for grpc.aio. A request names a model, or asks for the server by "" or SERVICE."""
-    streams = Streams(guard)
-    check = guard.service(
-        HEALTH, {"Check": Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)}
-    )
-    watch = grpc.stream_stream_rpc_method_handler(
-        streams.watch, response_serializer=health_pb2.HealthCheckResponse.SerializeToString
-    )
-    return [check, grpc.method_handlers_generic_handler(HEALTH, {"Watch": watch})]
-
-
-def reflection(guard: Guard) -> list[Any]:
-    """Return both versions of the reflection service for grpc.aio."""
-    reflect = grpc.stream_stream_rpc_method_handler(
-        Streams(guard).reflect, response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString
-    )
-    return [grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": reflect}) for name in REFLECTION]
-
-
 async def _check(server: Server, content: bytes, call: Call) -> Any:
+    """Answer grpc.health.v1. A request names a model, or asks for the server by "" or SERVICE."""
     status = _status(server, _service(content))
     if status == SERVICE_UNKNOWN:
         raise Refused(Why.NOT_FOUND, "there is no such service; ask for the name of a model, or for the empty name")
@@ -131,32 +112,39 @@ class Streams:
         self._open += 1
 
 
-class Grpc:
-    """A running gRPC server, opened by `start`. port: the port on which it listens."""
+async def start_grpc(server: Server, host: str, port: int, tls: Tls | None) -> grpc.aio.Server:
+    """Start to listen for gRPC, and set `server.grpc_port`; port 0 takes any free port.
 
-    def __init__(self, server: grpc.aio.Server, port: int) -> None:
-        self._server, self.port = server, port
+    Raises InputError if the port cannot be used.
+    """
+    listening = grpc.aio.server(options=_options(server))
+    guard = Guard(server)
+    check = Method(_check, health_pb2.HealthCheckResponse.SerializeToString, open=True)
+    watch, reflect = Streams(guard).watch, Streams(guard).reflect
+    services = [
+        guard.service(SERVICE, METHODS),
+        guard.service(HEALTH, {"Check": check}),
+        _service_of(HEALTH, "Watch", watch, health_pb2.HealthCheckResponse),
+        *(
+            _service_of(name, "ServerReflectionInfo", reflect, reflection_pb2.ServerReflectionResponse)
+            for name in REFLECTION
+        ),
+    ]
+    listening.add_generic_rpc_handlers((*services, Unknown(guard)))
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        server.grpc_port = listening.add_secure_port(where, tls.grpc()) if tls else listening.add_insecure_port(where)
+    except RuntimeError as error:
+        why = str(error).partition(";")[0]
+        raise InputError(f"cannot listen for gRPC: {why}; choose another --grpc-port") from None
+    await listening.start()
+    return listening
 
-    @classmethod
-    async def start(cls, server: Server, host: str, port: int, tls: Tls | None) -> Self:
-        """Start to listen; port 0 takes any free port. Raises InputError if the port cannot be used."""
-        inner = grpc.aio.server(options=_options(server))
-        guard = Guard(server)
-        services = (guard.service(SERVICE, METHODS), *health(guard), *reflection(guard))
-        inner.add_generic_rpc_handlers((*services, Unknown(guard)))
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            bound = inner.add_secure_port(where, tls.grpc()) if tls else inner.add_insecure_port(where)
-        except RuntimeError as error:
-            why = str(error).partition(";")[0]
-            raise InputError(f"cannot listen for gRPC: {why}; choose another --grpc-port") from None
-        await inner.start()
-        server.grpc_port = bound
-        return cls(inner, bound)
 
-    async def stop(self, seconds: float) -> None:
-        """Accept no more calls, and wait up to `seconds` for those in progress."""
-        await self._server.stop(seconds)
+def _service_of(name: str, method: str, handler: Any, response: Any) -> Any:
+    """Return a service with one method, whose calls are streams of messages in both directions."""
+    stream = grpc.stream_stream_rpc_method_handler(handler, response_serializer=response.SerializeToString)
+    return grpc.method_handlers_generic_handler(name, {method: stream})
 
 
 class Unknown(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types

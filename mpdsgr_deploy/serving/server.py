@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import uvloop
 
@@ -17,7 +17,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving import metrics
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.grpc import Grpc
+from mpdsgr_deploy.serving.grpc import start_grpc
 from mpdsgr_deploy.serving.listener import BACKLOG, Listener, Tls
 from mpdsgr_deploy.serving.logs import log_json
 from mpdsgr_deploy.serving.security import check_exposure, is_loopback
@@ -130,7 +130,7 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
         beat(group, server.settings.machine.hang_seconds)
     await group.listen({"figures": server.figures, "metrics": partial(asyncio.to_thread, metrics.families, server)})
     http = Listener(server, sock, tls)
-    grpc: Grpc | None = None
+    grpc: Any = None
     seconds_left, lost = 0.0, 0
     try:
         if not group.replacement:  # answer liveness probes from the start
@@ -156,8 +156,8 @@ async def _serve(server: Server, address: Address, sock: socket.socket, tls: Tls
     return lost
 
 
-async def _listen(server: Server, http: Listener, address: Address, tls: Tls | None) -> Grpc | None:
-    grpc = None if address.grpc_port is None else await Grpc.start(server, address.host, address.grpc_port, tls)
+async def _listen(server: Server, http: Listener, address: Address, tls: Tls | None) -> Any:
+    grpc = None if address.grpc_port is None else await start_grpc(server, address.host, address.grpc_port, tls)
     http.start()
     return grpc
 
