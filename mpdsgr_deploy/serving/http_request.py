@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 import httptools
 
-from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
+from mpdsgr_deploy.serving.http import Reply, response_headers
 from mpdsgr_deploy.serving.refusals import Refused, Why
 
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
@@ -37,11 +37,6 @@ def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: 
     if with_body:
         parts.append(reply.body)
     return b"".join(parts)
-
-
-def encode_refusal(error: Refused, request_id: str) -> bytes:
-    """Encode the response to input that never became a request; it announces the end of the connection."""
-    return encode_reply(refusal_reply(error), request_id, keep_alive=False)
 
 
 @lru_cache(maxsize=1024)

@@ -13,9 +13,9 @@ import grpc
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.http import Http
+from mpdsgr_deploy.serving.http import Http, refusal_reply
 from mpdsgr_deploy.serving.http_connection import HttpConnection
-from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_refusal
+from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_reply
 from mpdsgr_deploy.serving.refusals import Refused
 
 RESERVE = 32  # connections above the limit, which may only ask for the server's health
@@ -219,7 +219,7 @@ class Listener:
     def refusal(self, error: Refused) -> bytes:
         """Return the whole response to input that never became a request, and count it."""
         self.server.other_codes["http", str(error.why.status)] += 1
-        return encode_refusal(error, self.server.new_id())
+        return encode_reply(refusal_reply(error), self.server.new_id(), keep_alive=False)
 
     def _keep(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task = self._loop.create_task(coroutine)

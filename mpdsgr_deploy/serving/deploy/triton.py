@@ -20,7 +20,7 @@ import onnx
 from mpdsgr_deploy import __version__
 from mpdsgr_deploy.bundle import Bundle, NoiseInput, Prepared
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.lookup import choose
+from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.float16_on_cpu import for_cpu
 from mpdsgr_deploy.serving.deploy.output_directory import output_directory
@@ -30,10 +30,8 @@ from mpdsgr_deploy.serving.deploy.triton_config import (
     PLATFORMS,
     VERSION,
     WARMUP,
-    TritonPlan,
     config,
     guarded,
-    library,
 )
 from mpdsgr_deploy.serving.source import Chosen
 
@@ -67,7 +65,7 @@ def write_repository(models: Sequence[Chosen], out: Path, backend: str = "onnxru
     platform = choose("backend", BACKENDS, backend)
     if backend == "tensorrt" and not gpus:
         raise InputError("TensorRT engines run only on GPUs; give their number with --gpus")
-    library()
+    need("tritonclient.grpc", "serve")
     with output_directory(out, SUMS, "Triton model repository") as scratch:
         return [_write(scratch / model.name, model, platform, gpus) for model in models]
 
@@ -96,7 +94,16 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
         "mpdsgr_deploy": __version__,
         "precision": model.precision,
     }
-    text = config(TritonPlan(model.name, platform, largest, preferred, gpus, files, notes), network)
+    text = config(
+        network,
+        name=model.name,
+        platform=platform,
+        largest=largest,
+        preferred=preferred,
+        gpus=gpus,
+        engines=files,
+        parameters=notes,
+    )
     (directory / CONFIG).write_text(text, encoding="utf-8")
     versions = {capability: engine.machine["tensorrt"] for capability, engine in engines.items()}
     return Written(model.name, model.precision, largest, versions, manifest.noise)

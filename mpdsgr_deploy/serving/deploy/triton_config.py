@@ -30,27 +30,6 @@ class TritonTensor(NamedTuple):
     dims: tuple[int, ...]
 
 
-class TritonPlan(NamedTuple):
-    """How Triton runs one network.
-
-    largest: the largest batch; preferred: batch sizes to fill; gpus: the number of GPUs, or 0 for the CPU; engines:
-    file names by compute capability, if there are several; parameters: notes for people, which backends ignore.
-    """
-
-    name: str
-    platform: str
-    largest: int
-    preferred: Sequence[int]
-    gpus: int
-    engines: Mapping[str, str]
-    parameters: Mapping[str, str]
-
-
-def library() -> Any:
-    """Return the module with Triton's protobuf definition of a configuration. Raises InputError if it is missing."""
-    return need("tritonclient.grpc.model_config_pb2", "serve")
-
-
 def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTensor]]:
     """Return a network's inputs and outputs. Raises InputError for any that Triton cannot describe."""
     weights = {tensor.name for tensor in network.graph.initializer}
@@ -69,29 +48,42 @@ def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
     return TritonTensor(value.name, TYPES[kind.elem_type], tuple(sizes))
 
 
-def config(plan: TritonPlan, network: onnx.ModelProto) -> str:
+def config(
+    network: onnx.ModelProto,
+    *,
+    name: str,
+    platform: str,
+    largest: int,
+    preferred: Sequence[int],
+    gpus: int,
+    engines: Mapping[str, str],
+    parameters: Mapping[str, str],
+) -> str:
     """Return the text of config.pbtxt for a network. Raises InputError as `tensors` does.
+
+    largest: the largest batch; preferred: batch sizes to fill; gpus: the number of GPUs, or 0 for the CPU; engines:
+    file names by compute capability, if there are several; parameters: notes for people, which backends ignore.
 
     `dynamic_batching` states only which batches to fill, because every queue policy was seen to delay requests by half
     a second. The warm-up uses an image from a file for the first input, and zeros for the others, which are noise.
     """
-    pb2 = library()
+    pb2 = need("tritonclient.grpc.model_config_pb2", "serve")
     text_format = need("google.protobuf.text_format", "serve")
     inputs, outputs = tensors(network)
-    message = pb2.ModelConfig(name=plan.name, platform=plan.platform, max_batch_size=plan.largest)
+    message = pb2.ModelConfig(name=name, platform=platform, max_batch_size=largest)
     for tensor in inputs:
         message.input.add(**_described(pb2, tensor))
     for tensor in outputs:
         message.output.add(**_described(pb2, tensor), label_filename=LABELS)
     kinds = pb2.ModelInstanceGroup
-    group = message.instance_group.add(count=1, kind=kinds.KIND_GPU if plan.gpus else kinds.KIND_CPU)
-    group.gpus.extend(range(plan.gpus))
+    group = message.instance_group.add(count=1, kind=kinds.KIND_GPU if gpus else kinds.KIND_CPU)
+    group.gpus.extend(range(gpus))
     message.dynamic_batching.SetInParent()
-    message.dynamic_batching.preferred_batch_size.extend(plan.preferred)
-    message.cc_model_filenames.update(plan.engines)
-    for key, value in sorted(plan.parameters.items()):
+    message.dynamic_batching.preferred_batch_size.extend(preferred)
+    message.cc_model_filenames.update(engines)
+    for key, value in sorted(parameters.items()):
         message.parameters[key].string_value = value
-    for batch in dict.fromkeys((1, *plan.preferred[:1])):
+    for batch in dict.fromkeys((1, *preferred[:1])):
         warmup = message.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
         for number, tensor in enumerate(inputs):
             kind = pb2.DataType.Value(tensor.data_type)
