@@ -11,8 +11,8 @@ from predicting import BATCH, N, answering, folder, job, logits
 
 from mpdsgr_deploy.bundle import Bundle
 from mpdsgr_deploy.errors import EvaluationError, InputError
-from mpdsgr_deploy.prediction.selection import Shard, parse_shard, read_list
-from mpdsgr_deploy.prediction.stream import Job
+from mpdsgr_deploy.prediction.inputs import read_list
+from mpdsgr_deploy.prediction.stream import Job, Shard, parse_shard
 
 
 def test_shares_in_order_are_the_whole_bit_for_bit(

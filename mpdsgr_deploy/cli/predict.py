@@ -10,7 +10,8 @@ from mpdsgr_deploy.cli.output import backend_option, opened_bundle, precision_op
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
 from mpdsgr_deploy.prediction.faults import place_of_faults
-from mpdsgr_deploy.prediction.selection import parse_shard, read_list
+from mpdsgr_deploy.prediction.inputs import read_list
+from mpdsgr_deploy.prediction.stream import parse_shard
 from mpdsgr_deploy.prediction.writers import FORMATS
 from mpdsgr_deploy.signing.trust import required_trust
 from mpdsgr_deploy.stores import Place, Stored, place_of

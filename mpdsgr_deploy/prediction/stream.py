@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.prediction.faults import Faults, place_of_faults
 from mpdsgr_deploy.prediction.inputs import InputBatch, Inputs, Read
 from mpdsgr_deploy.prediction.partial import Chunk, Partial
-from mpdsgr_deploy.prediction.selection import WHOLE, Shard
 from mpdsgr_deploy.prediction.workers import Submit, Worker, started
 from mpdsgr_deploy.prediction.writers import SEVERAL_PASSES, find_writer
 from mpdsgr_deploy.progress import log, predicting
@@ -29,6 +29,29 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 READ_AHEAD = 2  # batches that are read in advance
 DECODERS = min(8, os.cpu_count() or 1)  # threads that decode images
+
+
+class Shard(NamedTuple):
+    """Share `number`, counted from 1, of `total` equal shares."""
+
+    number: int
+    total: int
+
+    def of(self, items: Sequence[Item]) -> Sequence[Item]:
+        """Return this share of the items. Shares are contiguous, so all shares in order are all items."""
+        start, stop = (len(items) * part // self.total for part in (self.number - 1, self.number))
+        return items[start:stop]
+
+
+WHOLE = Shard(1, 1)
+
+
+def parse_shard(text: str) -> Shard:
+    """Parse a text such as "2/8", the second of eight shares. Raises InputError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise InputError(f"--shard {text!r}: write it as NUMBER/TOTAL, from 1/8 to 8/8 for example")
+    return Shard(int(match[1]), int(match[2]))
 
 
 @dataclass(frozen=True)
