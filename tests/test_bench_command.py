@@ -15,7 +15,7 @@ from loading import INPUTS, linear, load
 from oip_server import OipServer
 
 from mpdsgr_deploy.serving.load import LoadOutcome
-from mpdsgr_deploy.serving.load.outcome import percentile
+from mpdsgr_deploy.serving.load.load_measurement import percentile
 
 
 @pytest.mark.parametrize("count", [1, 2, 9, 10, 99, 100, 101, 999, 1000, 5000])

@@ -16,7 +16,7 @@ from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.prediction.cost import Cost, estimate, measure_costs
 from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.serving.load import Load, LoadMeasurement, measure
-from mpdsgr_deploy.serving.load.outcome import COLUMNS, LEGEND
+from mpdsgr_deploy.serving.load.load_measurement import COLUMNS, LEGEND
 
 CONCURRENCY = "1,8,32"
 COST_COLUMNS = ("backend", "precision", "batch", "images/s", "ms per batch", "p95 ms", "MiB", "J per image")

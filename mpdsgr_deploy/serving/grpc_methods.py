@@ -1,6 +1,6 @@
 """The methods of the Open Inference Protocol over gRPC, with tritonclient's stubs, with which others would clash."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 from google.protobuf.json_format import ParseDict
@@ -9,7 +9,6 @@ from tritonclient.grpc import service_pb2 as pb
 
 from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.grpc_calls import Call, Method
-from mpdsgr_deploy.serving.grpc_wire import check_infer_request
 from mpdsgr_deploy.serving.inference import InferenceRequest, RequestedOutput, infer
 from mpdsgr_deploy.serving.logs import span
 from mpdsgr_deploy.serving.refusals import Refused, Why, invalid
@@ -20,6 +19,13 @@ from mpdsgr_deploy.serving.tensors import InputTensor
 SERVICE = "inference.GRPCInferenceService"
 CONTENTS = {"FP32": "fp32_contents", "UINT8": "uint_contents"}  # the field for typed data, by datatype
 Answer = dict[str, Any]  # the fields of a response in the JSON form, which HTTP uses too
+MOST_FIELDS = 100  # the largest number in a message and the messages in it
+VARINT, LENGTH = 0, 2  # wire types
+FIXED = {1: 8, 5: 4}  # bytes of the wire types of fixed size
+# field numbers of ModelInferRequest and of its inputs in grpc_service.proto
+INPUTS, OUTPUTS = 5, 6
+SHAPE, TYPED = 3, 5
+DIMENSIONS = 80  # bytes that the four sizes of a shape may take
 
 
 def _is_ready(server: Server, request: Any) -> bool:
@@ -121,6 +127,80 @@ def _method(name: str, handler: Callable[[Server, Any], Answer | Awaitable[Answe
         return ParseDict(await reply if isinstance(reply, Awaitable) else reply, response())
 
     return Method(answer, response.SerializeToString, **options)
+
+
+class Scan:
+    """Reads the fields of one message and of the messages in it, at most `MOST_FIELDS` in all, before it is parsed.
+
+    An empty entry takes two bytes in the message but two hundred in memory. A valid inference request has a few dozen
+    fields, whatever its tensors hold.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content, self._left = content, MOST_FIELDS
+
+    def fields(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the number of each field, and start and end of its value, between two places in the message.
+
+        Raises Refused for too many fields and for an invalid message.
+        """
+        place = start
+        while place < end:
+            self._left -= 1
+            if self._left < 0:
+                raise invalid(f"the message has more than {MOST_FIELDS} fields; send tensors in raw or packed form")
+            tag, place = self._varint(place, end)
+            kind = tag & 7
+            if kind == LENGTH:
+                length, place = self._varint(place, end)
+                stop = place + length
+            elif kind == VARINT:
+                _, stop = self._varint(place, end)
+            elif kind in FIXED:
+                stop = place + FIXED[kind]
+            else:
+                raise _broken()  # groups, which proto3 does not have
+            if stop > end:
+                raise _broken()
+            yield tag >> 3, place, stop
+            place = stop
+
+    def _varint(self, place: int, end: int) -> tuple[int, int]:
+        """Return the number of at most ten bytes at `place`, and the place after it."""
+        content, value = self._content, 0
+        for shift in range(0, 70, 7):
+            if place >= end:
+                raise _broken()
+            byte = content[place]
+            place += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value, place
+        raise _broken()
+
+
+def check_infer_request(content: bytes) -> None:
+    """Raise Refused if a ModelInferRequest, with its inputs and outputs, has more fields than a valid one."""
+    scan = Scan(content)
+    for number, start, end in scan.fields(0, len(content)):
+        if number == INPUTS:
+            _check_input(scan, start, end)
+        elif number == OUTPUTS:
+            for _ in scan.fields(start, end):
+                pass
+
+
+def _check_input(scan: Scan, start: int, end: int) -> None:
+    for number, inner, stop in scan.fields(start, end):
+        if number == SHAPE and stop - inner > DIMENSIONS:
+            raise invalid("an input's shape has more than four sizes")
+        if number == TYPED:
+            for _ in scan.fields(inner, stop):
+                pass
+
+
+def _broken() -> Refused:
+    return invalid("the message is not a ModelInferRequest")
 
 
 METHODS: dict[str, Method] = {
