@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -34,15 +35,16 @@ STREAK = 20  # number of consecutive quick batches after which batches run in th
 Compute = Callable[[Images, bool], Outputs]  # the flag says whether firing rates are computed too
 
 
+@dataclass(slots=True, eq=False)
 class QueuedRequest:
     """A request in a queue. deadline: on the monotonic clock; a request that waits longer is not computed."""
 
-    __slots__ = ("arrived", "deadline", "future", "images", "rates", "refusal")
-
-    def __init__(self, images: Images, rates: bool, deadline: float, future: "asyncio.Future[Outputs]") -> None:
-        self.images, self.rates, self.deadline, self.future = images, rates, deadline, future
-        self.arrived = time.monotonic()
-        self.refusal: Refused | None = None  # why its images are refused, set when they are checked
+    images: Images
+    rates: bool
+    deadline: float
+    future: "asyncio.Future[Outputs]"
+    arrived: float = field(default_factory=time.monotonic)
+    refusal: Refused | None = None  # why its images are refused, set when they are checked
 
 
 class ModelLane:

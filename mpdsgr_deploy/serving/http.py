@@ -5,6 +5,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mpdsgr_deploy.progress import log
@@ -50,34 +51,27 @@ class Reply(NamedTuple):
     headers: tuple[tuple[bytes, bytes], ...] = ()
 
 
+@dataclass(slots=True, eq=False)
 class Exchange:
     """One request, as a `RequestLog`: its head, its body, and the model it reached, if any.
 
-    headers: by name in lower case. peer: returns the client's address. start: on the monotonic clock; None: now.
+    headers: by name in lower case. client: returns the client's address. start: on the monotonic clock.
     """
 
-    __slots__ = ("_peer", "body", "headers", "id", "images", "method", "model", "path", "share", "start")
-
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        headers: Mapping[str, str],
-        body: Body,
-        peer: Callable[[], str],
-        start: float | None = None,
-    ) -> None:
-        self.method, self.path, self.headers, self.body = method, path, headers, body
-        self._peer = peer
-        self.id = headers.get("x-request-id", "")
-        self.share: Share
-        self.model: ServedModel | None = None
-        self.images = 0
-        self.start = time.monotonic() if start is None else start
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Body
+    client: Callable[[], str]
+    start: float = field(default_factory=time.monotonic)
+    id: str = ""
+    share: Share = field(init=False)
+    model: ServedModel | None = None
+    images: int = 0
 
     @property
     def peer(self) -> str:
-        return self._peer()
+        return self.client()
 
 
 class Http:
@@ -89,6 +83,7 @@ class Http:
     async def answer(self, exchange: Exchange) -> Reply:
         """Return the response to a request, which is counted and logged; errors become refusals."""
         server = self.server
+        exchange.id = exchange.headers.get("x-request-id", "")
         if not (exchange.id.isprintable() and 0 < len(exchange.id) <= 128):
             exchange.id = server.new_id()
         refused = None
@@ -272,7 +267,6 @@ def _page() -> Reply:
 
 
 def refusal_reply(error: Refused) -> Reply:
-    """Return the response to a refused request."""
     headers = tuple((name.encode(), value.encode()) for name, value in error.headers.items())
     return Reply(error.why.status, json.dumps({"error": str(error)}).encode(), headers=headers)
 

@@ -15,7 +15,6 @@ from mpdsgr_deploy.serving.http_request import (
     PIPELINE_FULL,
     SLOW,
     TOO_LONG,
-    Head,
     IncomingRequest,
     encode_reply,
     url_path,
@@ -160,10 +159,10 @@ class HttpConnection(asyncio.Protocol):
             self._timer.rest()
             self._late = None
             keep_alive = version == "1.1" and parser.should_keep_alive() and self.has_place
-            self._begin(Head(parser.get_method().decode(), path, self._headers, keep_alive))
+            self._begin(IncomingRequest(self, parser.get_method().decode(), path, self._headers, keep_alive))
 
-    def _begin(self, head: Head) -> None:
-        request = self._incoming = IncomingRequest(self, head)
+    def _begin(self, request: IncomingRequest) -> None:
+        self._incoming = request
         if self._active is None:
             self._answer(request)
         else:
@@ -194,14 +193,13 @@ class HttpConnection(asyncio.Protocol):
         task.add_done_callback(self._owner.tasks.discard)
 
     async def _answered(self, request: IncomingRequest) -> None:
-        head = request.head
-        exchange = Exchange(head.method, head.path, head.headers, request, lambda: self.peer, request.start)
+        exchange = Exchange(request.method, request.path, request.headers, request, lambda: self.peer, request.start)
         reply = await self._owner.http.answer(exchange)
         if self.over:
             return
-        keep = head.keep_alive and request.at_end and not self._owner.server.draining
+        keep = request.keep_alive and request.at_end and not self._owner.server.draining
         keep = keep and self._loop.time() - self.opened < self._limits.connection_age_seconds
-        with_body = head.method != "HEAD"
+        with_body = request.method != "HEAD"
         self._transport.write(encode_reply(reply, exchange.id, keep_alive=keep, with_body=with_body))
         self._active = None
         if not keep:

@@ -4,9 +4,10 @@ import asyncio
 import re
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import NamedTuple, Protocol
+from typing import Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -55,38 +56,30 @@ def without_upgrade(data: bytes) -> bytes:
 class Wire(Protocol):
     """The methods of a connection that a request calls."""
 
-    def write(self, data: bytes) -> None:
-        """Send bytes before the answer."""
-
-    def read_on(self) -> None:
-        """Go on reading what the client sends."""
+    def write(self, data: bytes) -> None: ...
+    def read_on(self) -> None: ...
 
 
-class Head(NamedTuple):
-    """The head of a request. path: decoded; headers: by name in lower case; keep_alive: another request may follow."""
+@dataclass(slots=True, eq=False)
+class IncomingRequest:
+    """A request whose head has arrived, as a `Body` with the part that has arrived and is not read yet.
 
+    path: decoded; headers: by name in lower case; keep_alive: another request may follow.
+    """
+
+    connection: Wire
     method: str
     path: str
     headers: Mapping[str, str]
     keep_alive: bool
-
-
-class IncomingRequest:
-    """A request whose head has arrived, as a `Body` with the part that has arrived and is not read yet."""
-
-    __slots__ = (
-        *("_arrived", "_connection", "_on_disconnect", "_size", "_waiter"),
-        *("complete", "expects", "gone", "head", "start"),
-    )
-
-    def __init__(self, connection: Wire, head: Head) -> None:
-        self._connection, self.head, self.start = connection, head, time.monotonic()
-        self.expects = head.headers.get("expect", "").lower() == "100-continue"
-        self._arrived: list[bytes] = []
-        self._size = 0
-        self._waiter: asyncio.Future[None] | None = None
-        self._on_disconnect: Callable[[], None] | None = None
-        self.complete = self.gone = False
+    start: float = field(default_factory=time.monotonic)
+    complete: bool = False
+    gone: bool = False
+    _continued: bool = False  # the client was told to send the body
+    _arrived: list[bytes] = field(default_factory=list)
+    _size: int = 0
+    _waiter: "asyncio.Future[None] | None" = None
+    _on_disconnect: Callable[[], None] | None = None
 
     @property
     def at_end(self) -> bool:
@@ -104,21 +97,19 @@ class IncomingRequest:
         self._wake()
 
     def finish(self) -> None:
-        """Mark the body as complete."""
         self.complete = True
         self._wake()
 
     def leave(self) -> None:
-        """Note that the client has disconnected."""
         self.gone = True
         self._wake()
         if self._on_disconnect is not None:
             self._on_disconnect()
 
     async def read(self) -> bytes:
-        if self.expects and not self._arrived:
-            self._connection.write(CONTINUE)
-            self.expects = False
+        if not (self._continued or self._arrived) and self.headers.get("expect", "").lower() == "100-continue":
+            self.connection.write(CONTINUE)
+            self._continued = True
         while not self._arrived and not self.complete:
             if self.gone:
                 raise Refused(Why.CANCELLED, "the client disconnected before its body had arrived")
@@ -126,7 +117,7 @@ class IncomingRequest:
         part = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
         self._arrived.clear()
         self._size = 0
-        self._connection.read_on()
+        self.connection.read_on()
         return part
 
     def watch(self, on_disconnect: Callable[[], None] | None) -> None:
