@@ -129,7 +129,6 @@ class Answers(NamedTuple):
 
 
 def by_layer(recording: Recording) -> Answers:
-    """Return a recording with its steps grouped by layer."""
     layers: dict[str, list[tuple[Floats, Floats]]] = {}
     for step, spikes in recording.spikes.items():
         layers.setdefault(layer_of(step), []).append((recording.potentials[step], spikes))
@@ -164,7 +163,6 @@ class _LayerTally:
 
 
 def layer_pair(layer: str, a: _LayerTally, b: _LayerTally) -> LayerPair:
-    """Return the shares of one layer from the sums over both networks."""
     left, right = a.membrane(layer), b.membrane(layer)
     outside = min(1 - sum(left.share), 1 - sum(right.share))
     return LayerPair(

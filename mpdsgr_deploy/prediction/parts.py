@@ -134,12 +134,10 @@ Parts = PartsHere | PartsInStore
 
 
 def parts_at(place: Place) -> Parts:
-    """Return the folder of parts at a local path or in a store."""
     return PartsInStore(place) if isinstance(place, Stored) else PartsHere(place)
 
 
 def count_rows(parts: Parts, numbers: Iterable[int]) -> int:
-    """Return the number of rows of the parts with these numbers."""
     parquet = need("pyarrow.parquet", "parquet")
 
     def rows(number: int) -> int:

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from types import MappingProxyType
 from typing import NamedTuple
@@ -118,7 +119,6 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
         return np.concatenate(parts)
 
     def _has(self, extension: str) -> bool:
-        """Whether the server lists an extension of the protocol in its metadata."""
         answer = self._server.ask("GET", self._at.root)
         try:
             return answer.status == 200 and extension in json.loads(answer.body)["extensions"]
@@ -126,10 +126,9 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
             return False
 
     def _logits(self, answer: "_Answer", count: int) -> NDArray[np.float32]:
-        """Return the logits float32 [count, classes] of a response. Raises InputError if it has none."""
         try:
-            json_size = None if answer.json_size is None else int(answer.json_size)
-            output = read_output(answer.body, json_size, self._output)
+            json_size = answer.headers[HEADER]
+            output = read_output(answer.body, None if json_size is None else int(json_size), self._output)
             if output.shape != [count, self._classes]:
                 raise ValueError(f"the output has shape {output.shape}, not {[count, self._classes]}")
             logits = output.floats()
@@ -141,7 +140,8 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
 
     def _refused(self, answer: "_Answer") -> InputError:
         if 300 <= answer.status < 400:
-            return InputError(f"{self._url} redirects to {answer.location}; give the URL of the server itself")
+            place = answer.headers["Location"]
+            return InputError(f"{self._url} redirects to {place}; give the URL of the server itself")
         return InputError(f"{self._url} answers {answer.status}: {excerpt(answer.body)}")
 
     def __exit__(self, *exception: object) -> None:
@@ -149,13 +149,9 @@ class RemoteModel(AbstractContextManager["RemoteModel"]):
 
 
 class _Answer(NamedTuple):
-    """A response. json_size, location, retry_after: its headers for bytes of JSON, for redirects and for waiting."""
-
     status: int
     body: bytes
-    json_size: str | None
-    location: str | None
-    retry_after: str | None
+    headers: Message
 
 
 class _Server:
@@ -177,7 +173,7 @@ class _Server:
         for attempt in range(ATTEMPTS - 1):
             if answer.status not in BUSY:
                 break
-            self._next += _seconds(answer.retry_after, 2.0**attempt)
+            self._next += _seconds(answer.headers["Retry-After"], 2.0**attempt)
             answer = self._once(method, path, body, headers)
         return answer
 
@@ -202,8 +198,7 @@ class _Server:
         self._next = time.monotonic() + 1 / self._rate
         self._connection.request(method, path, body or None, headers)
         response = self._connection.getresponse()
-        body, get = response.read(), response.getheader
-        return _Answer(response.status, body, get(HEADER), get("Location"), get("Retry-After"))
+        return _Answer(response.status, response.read(), response.headers)
 
     def close(self) -> None:
         self._connection.close()

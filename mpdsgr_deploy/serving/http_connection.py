@@ -208,7 +208,6 @@ class HttpConnection(asyncio.Protocol):
             self._go_on()
 
     def _go_on(self) -> None:
-        """Answer the next request, if there is one."""
         if self._queue:
             self._answer(self._queue.popleft())
         elif self._last:
@@ -218,7 +217,6 @@ class HttpConnection(asyncio.Protocol):
         self.read_on()
 
     def write(self, data: bytes) -> None:
-        """Send bytes before the answer."""
         if not self.over:
             self._transport.write(data)
 
@@ -259,7 +257,6 @@ class HttpConnection(asyncio.Protocol):
             self._close(clean=True)
 
     def abort(self) -> None:
-        """Close at once."""
         self._transport.abort()
 
     # limits on time and on buffered data

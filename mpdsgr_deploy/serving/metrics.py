@@ -41,7 +41,6 @@ async def text(server: Server) -> bytes:
 
 
 def families(server: Server) -> list[Metric]:
-    """Return the metric families of this process."""
     return [*_counts(server), *ProcessCollector(registry=None).collect()]
 
 
@@ -150,7 +149,6 @@ def _grpc_connections(port: int | None) -> Iterable[Metric]:
 
 
 def _open_files() -> set[str]:
-    """Return the targets of this process's open file descriptors."""
     names = set()
     for descriptor in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):  # the descriptor was closed meanwhile

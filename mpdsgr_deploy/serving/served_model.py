@@ -116,7 +116,6 @@ class ServedModel:
         return Outputs(*self._rates(images))
 
     def close(self) -> None:
-        """Free the network."""
         self._stack.close()
         self.lane.close()
 

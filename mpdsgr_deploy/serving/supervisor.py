@@ -90,7 +90,8 @@ class Supervisor:
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
-        before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(number, _note) for number in SIGNALS]
+        # signals arrive through the file descriptor only if they have a handler
+        before = signal.set_wakeup_fd(writer.fileno()), [signal.signal(n, lambda *_: None) for n in SIGNALS]
         try:
             for child in self._children:
                 self._start(child)
@@ -219,7 +220,3 @@ class Supervisor:
             if child.pid:
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
-
-
-def _note(*_: object) -> None:
-    """Do nothing: a handler is needed, so that signals arrive through `set_wakeup_fd`."""

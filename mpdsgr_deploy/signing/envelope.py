@@ -54,7 +54,6 @@ class Signer:
         return config.use_elliptic_key_signer(private_key=self.key, password=password.encode() if password else None)
 
     def explain(self, error: Exception) -> InputError:
-        """Return the error to raise for an error of model-signing."""
         what = "a Sigstore identity" if self.key is None else str(self.key)
         hint = (
             ""

@@ -46,7 +46,6 @@ def use_device(core: ModuleType) -> Any:
 
 
 def cuda_error(error: Exception) -> InputError:
-    """Return the error to raise for a CUDA call that failed."""
     if "OUT_OF_MEMORY" in str(error):
         return OutOfMemory("the GPU's memory is full; free some or build the engine with a smaller MAX of --batch")
     return InputError(f"CUDA answers {one_line(error)[:200]}; see `mpdsgr doctor`")

@@ -93,7 +93,6 @@ def write_resources(
 
 
 def _triton_runtime(replica: ReplicaSpec) -> Resource:
-    """Return the ServingRuntime that every model on Triton uses."""
     command = [
         "tritonserver",
         f"--model-repository={MODELS}",
@@ -194,7 +193,6 @@ def _signature_options(demand: Demand) -> list[str]:
 
 
 def _key_map(trust: Trust) -> Resource:
-    """Return a ConfigMap with the signer's public key."""
     data = {KEY: trust.pem.decode(errors="replace")}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": TRUST}, "data": data}
 

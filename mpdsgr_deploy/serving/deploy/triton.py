@@ -110,7 +110,6 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
 
 
 def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
-    """Return the network for Triton, with a check of its images."""
     source = model.bundle.variant(model.precision)
     content = source if gpus else for_cpu(source)  # a CPU rounds to float16 only where the graph has a Cast
     loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)

@@ -60,7 +60,6 @@ class Endpoint:
         return ssl.create_default_context() if self.at.tls else None
 
     def message(self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = NO_HEADERS) -> bytes:
-        """Encode a whole HTTP request."""
         lines = {"Host": self.authority, **self.headers, **headers, "Content-Length": str(len(body))}
         head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         return f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + body

@@ -94,7 +94,6 @@ class LoadOutcome:
         return [load, str(self.tally.requests), rate, *latency, errors, _number(self.server_cpu_ms)]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all figures as JSON values."""
         load = {"rate": self.load.rate} if self.load.rate else {"concurrency": self.load.concurrency}
         return {
             "loop": "open" if self.load.rate else "closed",
@@ -185,7 +184,6 @@ async def _measure(
 
 
 async def _tell(load: Load, tally: Tally) -> None:
-    """Log the progress every LINE_EVERY seconds."""
     while True:
         await asyncio.sleep(LINE_EVERY)
         log.info("%s: %d requests, %d errors so far", load, tally.requests, tally.errors.total())
