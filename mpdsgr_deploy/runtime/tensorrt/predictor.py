@@ -1,6 +1,6 @@
 """The Predictor for an engine: it cuts and pads batches, shares streams among threads, and keeps CUDA graphs.
 
-The code that calls the GPU is in `cuda.py`, which implements the protocols `Stream` and `Execution`.
+The code that calls the GPU is in `cuda.py`.
 """
 
 from collections import OrderedDict
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from queue import Empty, LifoQueue
 from threading import Lock
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,35 +26,6 @@ STREAMS = 4  # largest number of threads that run at the same time; each has its
 SIZES = 16  # batch sizes whose contexts and graphs a stream keeps
 
 
-class Execution(Protocol):
-    """The execution of one batch size on a stream."""
-
-    def run(self) -> None:
-        """Compute the stream's output from its inputs, and wait for it."""
-
-    def capture(self) -> None:
-        """Capture a CUDA graph, which `run` launches from now on."""
-
-    def close(self) -> None:
-        """Free the execution context and its graph."""
-
-
-class Stream(Protocol):
-    """An engine with buffers for the largest batch, for one thread at a time.
-
-    inputs, output: float32 [largest, ...].
-    """
-
-    inputs: dict[str, Array]
-    output: Array
-
-    def execution(self, batch: int) -> Execution:
-        """Return an execution for the first `batch` rows of the buffers."""
-
-    def close(self) -> None:
-        """Free the stream and its buffers."""
-
-
 class Lane:
     """A stream and its executions by batch size; beyond SIZES of them, the least recently used is closed.
 
@@ -62,9 +33,9 @@ class Lane:
     that occurs only once therefore costs no capture.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: cuda.CudaStream) -> None:
         self._stream = stream
-        self._executions: OrderedDict[int, Execution] = OrderedDict()
+        self._executions: OrderedDict[int, cuda.CudaExecution] = OrderedDict()
         self._captured: set[int] = set()
 
     def __call__(self, feeds: Mapping[str, Array], smallest: int) -> Array:
@@ -98,13 +69,13 @@ class Lane:
 class TensorRT(AbstractContextManager["TensorRT"]):
     """A Predictor for an engine. Threads may share it, and the end of a with block frees the GPU's memory.
 
-    stream: a function that opens one more `Stream`; batch: the engine's batch sizes; shape: that of an image, (C, H,
+    stream: a function that opens one more stream; batch: the engine's batch sizes; shape: that of an image, (C, H,
     W); name: that of the input for images; noise: the source of a stochastic network's noise inputs.
     """
 
     def __init__(
         self,
-        stream: Callable[[], Stream],
+        stream: Callable[[], cuda.CudaStream],
         batch: BatchSizes,
         shape: tuple[int, int, int],
         name: str,
