@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from typing import IO, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,36 +19,17 @@ from mpdsgr_deploy.stores import Place, failure, is_empty, name_in, stamp_of
 Pixels = NDArray[Any]  # [B, C, H, W]: uint8, or float32 in [0, 1]
 
 
-class ImageSource(Protocol):
-    """Images of `shape` (C, H, W) in a fixed order.
-
-    Every range is from `start` up to, but not including, `stop`. `read` is called for consecutive ranges, may use the
-    pool's threads, and raises InputError for an image that cannot be used.
-    """
-
-    def __len__(self) -> int: ...
-    @property
-    def shape(self) -> Shape: ...
-    def part(self, start: int, stop: int) -> tuple["ImageSource", int]:
-        """Return a source of these images for another thread or process, and the index of their first image in it."""
-        ...
-
-    def names(self, start: int, stop: int) -> list[str]: ...
-    def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
-    def stamp(self, start: int, stop: int) -> str:
-        """Return a text that changes whenever the files of these images do."""
-        ...
-
-    def close(self) -> None: ...
-
-
 def takes_images(shape: Shape) -> bool:
     """Whether a network's input is an image, grey or RGB, and not the frames of an event camera."""
     return shape[0] in (1, 3)
 
 
 class ImageFiles:
-    """Image files, or event recordings if the network's input does not have 1 or 3 channels."""
+    """Image files, or event recordings if the network's input does not have 1 or 3 channels.
+
+    `read` is called for consecutive ranges, may use the pool's threads, and raises InputError for an image that cannot
+    be used.
+    """
 
     def __init__(self, files: Sequence[str], shape: Shape, store: Any = None) -> None:
         self.shape, self.store = shape, store
@@ -60,7 +41,8 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self._files)
 
-    def part(self, start: int, stop: int) -> tuple[ImageSource, int]:
+    def part(self, start: int, stop: int) -> tuple[Self, int]:
+        """Return a source of these images for another thread or process, and the index of their first image in it."""
         return type(self)(self._files[start:stop], self.shape, self.store), 0
 
     def names(self, start: int, stop: int) -> list[str]:
@@ -71,6 +53,7 @@ class ImageFiles:
         return np.stack(list(pool.map(read, map(Path, self._files[start:stop]))))  # pillow releases the GIL
 
     def stamp(self, start: int, stop: int) -> str:
+        """Return a text that changes whenever the files of these images do."""
         return "".join(stamp_of(Path(file)) for file in self._files[start:stop])
 
     def close(self) -> None: ...
@@ -102,7 +85,10 @@ class StoredImages(ImageFiles):
 
 
 class ShardFile:
-    """One file with `count` images, which stays open between reads. Image i is named FILE[i]."""
+    """One file with `count` images, which stays open between reads; it is read like `ImageFiles`.
+
+    Image i is named FILE[i].
+    """
 
     count: int
     _file: IO[bytes] | None
@@ -125,6 +111,9 @@ class ShardFile:
     def stamp(self, start: int, stop: int) -> str:
         return f"{self._stamp}{start}:{stop}"
 
+    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
+        raise NotImplementedError
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -132,6 +121,10 @@ class ShardFile:
 
     def _forget(self) -> None:
         self._file = None
+
+
+# Images of `shape` (C, H, W) in a fixed order, in ranges from `start` up to, but not including, `stop`
+ImageSource = ImageFiles | ShardFile
 
 
 def reading(what: str) -> AbstractContextManager[None]:
