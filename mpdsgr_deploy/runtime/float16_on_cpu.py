@@ -13,20 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
 
 
-def for_cpu(model: Path | onnx.ModelProto) -> str | bytes:
-    """Return the path or serialised bytes that onnxruntime loads on a CPU.
-
-    A network with float16 weights becomes `rounded_as_written`; any other is returned unchanged.
-    """
+def for_cpu(model: Path | onnx.ModelProto) -> Path | onnx.ModelProto:
+    """Return `rounded_as_written` of a network with float16 weights; any other is returned unchanged."""
     network = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     if not any(tensor.data_type == FLOAT16 for tensor in network.graph.initializer):
-        return as_it_is(model)
-    return rounded_as_written(network).SerializeToString()
-
-
-def as_it_is(model: Path | onnx.ModelProto) -> str | bytes:
-    """Return the path or serialised bytes that onnxruntime loads for an unchanged network."""
-    return model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+        return model
+    return rounded_as_written(network)
 
 
 def rounded_as_written(network: onnx.ModelProto) -> onnx.ModelProto:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mpdsgr_deploy.errors import InputError, OutOfMemory, one_line
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.runtime.float16_on_cpu import as_it_is, for_cpu
+from mpdsgr_deploy.runtime.float16_on_cpu import for_cpu
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 EXTRAS = {CPU: "cpu", CUDA: "gpu", TENSORRT: "gpu"}
@@ -75,7 +75,8 @@ class Session(AbstractContextManager["Session"]):
         if provider == TENSORRT:
             os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # the provider's libraries read this; it has no option for TF32
         try:
-            loaded = (for_cpu if provider == CPU else as_it_is)(network)
+            network = for_cpu(network) if provider == CPU else network
+            loaded = network.SerializeToString() if isinstance(network, onnx.ModelProto) else str(network)
             if built_in:
                 self._session: Any = ort.InferenceSession(loaded, options, providers=[(provider, OPTIONS[provider])])
             else:

@@ -28,12 +28,12 @@ SMALL = 4096  # the largest message, in bytes, to a method that needs no key
 class Arrivals:
     """Lets at most `places` messages arrive at once, so that together they fit into the memory reserved for them.
 
-    At most `waiting` others wait for a place. While any do, the time for an arrival is limited so that all get a place
+    At most WAITING others wait for a place. While any do, the time for an arrival is limited so that all get a place
     within about PATIENCE: clients that send slowly, or nothing, delay nobody for longer.
     """
 
-    def __init__(self, places: int, waiting: int) -> None:
-        self.places, self.most_waiting = places, waiting
+    def __init__(self, places: int) -> None:
+        self.places = places
         self._arriving: dict[asyncio.Timeout, float] = {}  # start time of each, the oldest first
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._places_used = 0
@@ -61,7 +61,7 @@ class Arrivals:
         if self._places_used < self.places and not self._waiting:
             self._places_used += 1
             return
-        if len(self._waiting) >= self.most_waiting:
+        if len(self._waiting) >= WAITING:
             raise Refused(Why.BUSY, "too many messages are being received; try again later")
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
@@ -142,8 +142,8 @@ class Guard:
         self.server = server
         limits = server.limits
         places = max(1, limits.in_flight_bytes // server.largest_message)
-        self._arrivals = Arrivals(min(places, WAITING), WAITING)
-        self._open_arrivals = Arrivals(min(places, OPEN_PLACES), WAITING)
+        self._arrivals = Arrivals(min(places, WAITING))
+        self._open_arrivals = Arrivals(min(places, OPEN_PLACES))
 
     def service(self, name: str, methods: Mapping[str, Method]) -> Any:
         """Return a service for grpc.aio. It takes calls as streams, so that the wait for a message is limited here."""

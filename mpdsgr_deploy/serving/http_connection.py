@@ -159,7 +159,9 @@ class HttpConnection(asyncio.Protocol):
             self._timer.rest()
             self._late = None
             keep_alive = version == "1.1" and parser.should_keep_alive() and self.has_place
-            self._begin(IncomingRequest(self, parser.get_method().decode(), path, self._headers, keep_alive))
+            self._begin(
+                IncomingRequest(self.write, self.read_on, parser.get_method().decode(), path, self._headers, keep_alive)
+            )
 
     def _begin(self, request: IncomingRequest) -> None:
         self._incoming = request

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Protocol
 from urllib.parse import unquote
 
 import httptools
@@ -53,21 +52,16 @@ def without_upgrade(data: bytes) -> bytes:
     return UPGRADE.sub(b"\r\nignored:", data[:end]) + data[end:] if UPGRADE.search(data, 0, end) else data
 
 
-class Wire(Protocol):
-    """The methods of a connection that a request calls."""
-
-    def write(self, data: bytes) -> None: ...
-    def read_on(self) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class IncomingRequest:
     """A request whose head has arrived, as a `Body` with the part that has arrived and is not read yet.
 
-    path: decoded; headers: by name in lower case; keep_alive: another request may follow.
+    write: sends bytes before the answer; read_on: goes on reading from the client. path: decoded; headers: by name in
+    lower case; keep_alive: another request may follow.
     """
 
-    connection: Wire
+    write: Callable[[bytes], None]
+    read_on: Callable[[], None]
     method: str
     path: str
     headers: Mapping[str, str]
@@ -108,7 +102,7 @@ class IncomingRequest:
 
     async def read(self) -> bytes:
         if not (self._continued or self._arrived) and self.headers.get("expect", "").lower() == "100-continue":
-            self.connection.write(CONTINUE)
+            self.write(CONTINUE)
             self._continued = True
         while not self._arrived and not self.complete:
             if self.gone:
@@ -117,7 +111,7 @@ class IncomingRequest:
         part = self._arrived[0] if len(self._arrived) == 1 else b"".join(self._arrived)
         self._arrived.clear()
         self._size = 0
-        self.connection.read_on()
+        self.read_on()
         return part
 
     def watch(self, on_disconnect: Callable[[], None] | None) -> None:

@@ -110,10 +110,11 @@ def _write(directory: Path, model: Chosen, platform: str, gpus: int) -> Written:
 
 
 def _checked_network(model: Chosen, gpus: int) -> onnx.ModelProto:
-    source = model.bundle.variant(model.precision)
-    content = source if gpus else for_cpu(source)  # a CPU rounds to float16 only where the graph has a Cast
-    loaded = onnx.load_from_string(content) if isinstance(content, bytes) else onnx.load(content)
-    return guarded(loaded, model.bundle.manifest.input_name)
+    network: Path | onnx.ModelProto = model.bundle.variant(model.precision)
+    if not gpus:  # a CPU rounds to float16 only where the graph has a Cast
+        network = for_cpu(network)
+    network = onnx.load(network) if isinstance(network, Path) else network
+    return guarded(network, model.bundle.manifest.input_name)
 
 
 def _put_engines(
