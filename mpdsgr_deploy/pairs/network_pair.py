@@ -70,12 +70,13 @@ def paired_networks(a: Side, b: Side, *, root: str | None = None, images: int = 
     tallies: dict[str, tuple[_LayerTally, _LayerTally]] = {}
     predicted = []
     for batch in batches(shared.pixels, "comparing networks"):
-        left, right = (by_layer(network(batch)) for network in networks)
-        predicted.append((left.labels, right.labels))
-        for layer in (name for name in left.layers if name in right.layers):
+        recordings = [network(batch) for network in networks]
+        predicted.append([recording.logits.argmax(1) for recording in recordings])
+        left, right = map(by_layer, recordings)
+        for layer in (name for name in left if name in right):
             of_a, of_b = tallies.setdefault(layer, (_LayerTally(a), _LayerTally(b)))
-            of_a.add(left.layers[layer], right.layers[layer])
-            of_b.add(right.layers[layer], left.layers[layer])
+            of_a.add(left[layer], right[layer])
+            of_b.add(right[layer], left[layer])
     clean = None
     if shared.classes is not None:
         answers = (np.concatenate(labels) for labels in zip(*predicted, strict=True))
@@ -121,18 +122,12 @@ def shared_images(a: Side, b: Side, root: str | None, count: int) -> SharedImage
     return SharedImages(name_sample(len(sample), recipe.data.name), sample.unit(), sample.classes)
 
 
-class Answers(NamedTuple):
-    """One network's answers to a batch: labels [B] and, by layer, the potentials and spikes [B, ...] of each step."""
-
-    labels: NDArray[np.int64]
-    layers: dict[str, list[tuple[Floats, Floats]]]
-
-
-def by_layer(recording: Recording) -> Answers:
+def by_layer(recording: Recording) -> dict[str, list[tuple[Floats, Floats]]]:
+    """Return the potentials and spikes [B, ...] of each step, by layer."""
     layers: dict[str, list[tuple[Floats, Floats]]] = {}
     for step, spikes in recording.spikes.items():
         layers.setdefault(layer_of(step), []).append((recording.potentials[step], spikes))
-    return Answers(recording.logits.argmax(1), layers)
+    return layers
 
 
 class _LayerTally:

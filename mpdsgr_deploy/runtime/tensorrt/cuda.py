@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from math import prod
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,21 +22,20 @@ from mpdsgr_deploy.runtime.tensorrt.library import LIBRARIES, failure, listener,
 NO_GPU = "use a machine with an NVIDIA GPU and its driver, or --backend onnxruntime-cpu"
 
 
-class GPU(NamedTuple):
-    """The first GPU that CUDA_VISIBLE_DEVICES allows."""
+def gpu(extra: str) -> tuple[str, str]:
+    """Return name and compute capability of the GPU to use.
 
-    name: str
-    compute_capability: str
-
-
-def gpu(extra: str) -> GPU:
-    """Return the GPU to use. Raises InputError if there is none, or if `extra` is not installed."""
+    Raises InputError if there is none, or if `extra` is not installed.
+    """
     device = use_device(need("cuda.core", extra))
-    return GPU(device.name, ".".join(map(str, device.compute_capability)))
+    return device.name, ".".join(map(str, device.compute_capability))
 
 
 def use_device(core: ModuleType) -> Any:
-    """Select the GPU for this thread's CUDA calls and return it. Raises InputError if there is none."""
+    """Select the first GPU that CUDA_VISIBLE_DEVICES allows for this thread's CUDA calls, and return it.
+
+    Raises InputError if there is none.
+    """
     try:
         device = core.Device(0)
         device.set_current()

@@ -150,8 +150,8 @@ def machine(backend: str) -> dict[str, str]:
     version = str(load(backend).__version__)
     if backend == "tensorrt-rtx":
         return {"tensorrt-rtx": version}
-    gpu = cuda.gpu(LIBRARIES[backend].extra)
-    return {"gpu": gpu.name, "compute_capability": gpu.compute_capability, "tensorrt": version}
+    gpu, capability = cuda.gpu(LIBRARIES[backend].extra)
+    return {"gpu": gpu, "compute_capability": capability, "tensorrt": version}
 
 
 def prepare(

@@ -6,7 +6,7 @@ With the check, invalid images get NaN instead of logits.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,22 +22,17 @@ TYPES: dict[int, str] = {TensorProto.FLOAT: "TYPE_FP32", TensorProto.FLOAT16: "T
 PREFIX = "valid_image"  # of the names of everything that the check adds
 
 
-class TritonTensor(NamedTuple):
-    """An input or output as Triton describes it. dims: its shape without the batch."""
+def tensors(network: onnx.ModelProto) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the fields of a network's inputs and outputs. Raises InputError for any that Triton cannot describe.
 
-    name: str
-    data_type: str
-    dims: tuple[int, ...]
-
-
-def tensors(network: onnx.ModelProto) -> tuple[list[TritonTensor], list[TritonTensor]]:
-    """Return a network's inputs and outputs. Raises InputError for any that Triton cannot describe."""
+    The field `dims` is the shape without the batch.
+    """
     weights = {tensor.name for tensor in network.graph.initializer}
     inputs = [_tensor(value) for value in network.graph.input if value.name not in weights]
     return inputs, [_tensor(value) for value in network.graph.output]
 
 
-def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
+def _tensor(value: onnx.ValueInfoProto) -> dict[str, Any]:
     kind = value.type.tensor_type
     batch, *sizes = [dim.dim_value for dim in kind.shape.dim] or [0]  # 0: the size is not fixed
     if batch or not all(sizes) or kind.elem_type not in TYPES:
@@ -45,7 +40,7 @@ def _tensor(value: onnx.ValueInfoProto) -> TritonTensor:
             f"{value.name} of the network is {TensorProto.DataType.Name(kind.elem_type)} {[batch, *sizes]}; for Triton "
             "it must be FLOAT or FLOAT16, with a batch of any size (0) first and fixed sizes behind it"
         )
-    return TritonTensor(value.name, TYPES[kind.elem_type], tuple(sizes))
+    return {"name": value.name, "data_type": TYPES[kind.elem_type], "dims": sizes}
 
 
 def config(
@@ -72,9 +67,9 @@ def config(
     inputs, outputs = tensors(network)
     message = pb2.ModelConfig(name=name, platform=platform, max_batch_size=largest)
     for tensor in inputs:
-        message.input.add(**_described(pb2, tensor))
+        message.input.add(**tensor)
     for tensor in outputs:
-        message.output.add(**_described(pb2, tensor), label_filename=LABELS)
+        message.output.add(**tensor, label_filename=LABELS)
     kinds = pb2.ModelInstanceGroup
     group = message.instance_group.add(count=1, kind=kinds.KIND_GPU if gpus else kinds.KIND_CPU)
     group.gpus.extend(range(gpus))
@@ -86,14 +81,10 @@ def config(
     for batch in dict.fromkeys((1, *preferred[:1])):
         warmup = message.model_warmup.add(name=f"batch of {batch}", batch_size=batch)
         for number, tensor in enumerate(inputs):
-            kind = pb2.DataType.Value(tensor.data_type)
-            content = {"zero_data": True} if number else {"input_data_file": tensor.name}
-            warmup.inputs[tensor.name].CopyFrom(pb2.ModelWarmup.Input(data_type=kind, dims=tensor.dims, **content))
+            fields = {key: value for key, value in tensor.items() if key != "name"}
+            content = {"zero_data": True} if number else {"input_data_file": tensor["name"]}
+            warmup.inputs[tensor["name"]].CopyFrom(pb2.ModelWarmup.Input(**fields, **content))
     return str(text_format.MessageToString(message))
-
-
-def _described(pb2: Any, tensor: TritonTensor) -> dict[str, Any]:
-    return {"name": tensor.name, "data_type": pb2.DataType.Value(tensor.data_type), "dims": tensor.dims}
 
 
 def guarded(network: onnx.ModelProto, images: str) -> onnx.ModelProto:
