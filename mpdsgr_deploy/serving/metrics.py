@@ -9,7 +9,7 @@ from itertools import accumulate
 from pathlib import Path
 from shutil import which
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -35,9 +35,7 @@ async def text(server: Server) -> bytes:
     metrics, gpu_memory = await asyncio.gather(asyncio.to_thread(families, server), asyncio.to_thread(_gpu_memory))
     if group.processes > 1:
         metrics = _by_process({group.index: metrics, **await group.ask("metrics")})
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collected([*metrics, *gpu_memory]))
-    return generate_latest(registry)
+    return generate_latest(Collected([*metrics, *gpu_memory]))
 
 
 def families(server: Server) -> list[Metric]:

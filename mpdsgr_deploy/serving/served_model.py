@@ -5,7 +5,6 @@ its robustness, which comes from the bundle and from a report beside it.
 import json
 import threading
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,7 +210,7 @@ def _signature(signer: str, vouched: Vouched | None) -> dict[str, Any]:
 def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
     """Return the verdict of the newest report, in the usual places beside the bundle, that is about this network."""
     path, sha = bundle.path.absolute(), bundle.model_sha256(precision)
-    places = [path.with_name(f"{path.name}-report"), path.parent / "report", *_inside(path.parent / "reports")]
+    places = [path.with_name(f"{path.name}-report"), path.parent / "report", *(path.parent / "reports").glob("*")]
     reports = [file for place in places if (file := place / "report.json").is_file()]
     for file in sorted(reports, key=lambda file: file.stat().st_mtime, reverse=True):
         try:
@@ -221,7 +220,3 @@ def _validation(bundle: Bundle, precision: str) -> dict[str, Any] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not a report of this package
     return None
-
-
-def _inside(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []
