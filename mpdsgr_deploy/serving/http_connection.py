@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Coroutine
 from typing import Any, Protocol, cast
 
 import httptools
@@ -17,6 +18,7 @@ from mpdsgr_deploy.serving.http_request import (
     TOO_LONG,
     IncomingRequest,
     encode_reply,
+    refusal,
     url_path,
     without_upgrade,
 )
@@ -31,21 +33,14 @@ PROBES = ("/v2/health/live", "/v2/health/ready")  # paths that such a connection
 
 
 class ConnectionOwner(Protocol):
-    """The listener. A connection calls it when it is open, after any TLS handshake, and when it has ended.
-
-    tasks: the tasks that answer requests, stored so that they are not garbage collected.
-    """
+    """The listener. A connection calls it when it is open, after any TLS handshake, and when it has ended."""
 
     server: Server
     http: Http
-    tasks: set[asyncio.Task[None]]
 
     def connection_made(self, connection: "HttpConnection") -> None: ...
-
     def connection_ended(self, connection: "HttpConnection") -> None: ...
-
-    def refusal(self, error: Refused) -> bytes:
-        """Return the whole response to input that never became a request."""
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None: ...
 
 
 class HttpConnection(asyncio.Protocol):
@@ -190,9 +185,7 @@ class HttpConnection(asyncio.Protocol):
 
     def _answer(self, request: IncomingRequest) -> None:
         self._active = request
-        task = self._loop.create_task(self._answered(request))
-        self._owner.tasks.add(task)  # keep a reference, because the event loop keeps only a weak one
-        task.add_done_callback(self._owner.tasks.discard)
+        self._owner.run(self._answered(request))
 
     async def _answered(self, request: IncomingRequest) -> None:
         exchange = Exchange(request.method, request.path, request.headers, request, lambda: self.peer, request.start)
@@ -235,7 +228,7 @@ class HttpConnection(asyncio.Protocol):
             self._last = error
 
     def _refuse(self, error: Refused) -> None:
-        self._transport.write(self._owner.refusal(error))
+        self._transport.write(refusal(self._owner.server, error))
         self._close(clean=False)
 
     def _close(self, *, clean: bool) -> None:

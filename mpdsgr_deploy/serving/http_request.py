@@ -11,7 +11,8 @@ from urllib.parse import unquote
 
 import httptools
 
-from mpdsgr_deploy.serving.http import Reply, response_headers
+from mpdsgr_deploy.serving.app import Server
+from mpdsgr_deploy.serving.http import Reply, refusal_reply, response_headers
 from mpdsgr_deploy.serving.refusals import Refused, Why
 
 UPGRADE = re.compile(rb"(?i)\r\nupgrade:")
@@ -37,6 +38,12 @@ def encode_reply(reply: Reply, request_id: str, *, keep_alive: bool, with_body: 
     if with_body:
         parts.append(reply.body)
     return b"".join(parts)
+
+
+def refusal(server: Server, error: Refused) -> bytes:
+    """Return the whole response to input that never became a request, and count it."""
+    server.other_codes["http", str(error.why.status)] += 1
+    return encode_reply(refusal_reply(error), server.new_id(), keep_alive=False)
 
 
 @lru_cache(maxsize=1024)

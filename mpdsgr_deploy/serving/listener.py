@@ -4,6 +4,7 @@ import asyncio
 import errno
 import socket
 import ssl
+from collections.abc import Coroutine
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,9 @@ import grpc
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.serving.app import Server
-from mpdsgr_deploy.serving.http import Http, refusal_reply
+from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
-from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, encode_reply
-from mpdsgr_deploy.serving.refusals import Refused
+from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, refusal
 
 RESERVE = 32  # connections above the limit, which may only ask for the server's health
 AT_ONCE = 200  # connections that are accepted before other tasks run
@@ -182,7 +182,7 @@ class Listener:
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         if self.server.counts.connections >= self.server.limits.connections + RESERVE:
-            answer = self.refusal(BUSY)
+            answer = refusal(self.server, BUSY)
             if self._context is None:
                 with suppress(OSError):
                     sock.send(answer)
@@ -197,7 +197,7 @@ class Listener:
             self._places_taken += 1
         else:
             self._without_place[connection] = None
-        self._keep(self._connect(sock, connection))
+        self.run(self._connect(sock, connection))
 
     def connection_made(self, connection: HttpConnection) -> None:
         self.connections.add(connection)
@@ -216,14 +216,10 @@ class Listener:
             del self._without_place[waiting]
             waiting.give_place()
 
-    def refusal(self, error: Refused) -> bytes:
-        """Return the whole response to input that never became a request, and count it."""
-        self.server.other_codes["http", str(error.why.status)] += 1
-        return encode_reply(refusal_reply(error), self.server.new_id(), keep_alive=False)
-
-    def _keep(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
+    def run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run a coroutine as one of `tasks`."""
         task = self._loop.create_task(coroutine)
-        self.tasks.add(task)
+        self.tasks.add(task)  # keep a reference, because the event loop keeps only a weak one
         task.add_done_callback(self.tasks.discard)
 
     async def _connect(self, sock: socket.socket, connection: HttpConnection) -> None:
