@@ -54,13 +54,12 @@ class Signer:
         return config.use_elliptic_key_signer(private_key=self.key, password=password.encode() if password else None)
 
     def explain(self, error: Exception) -> InputError:
-        what = "a Sigstore identity" if self.key is None else str(self.key)
-        hint = (
-            ""
-            if self.key is None
-            else f"; the key must be an EC key of P-256, P-384 or P-521, and its password must be in {PASSWORD}"
+        if self.key is None:
+            return InputError(f"cannot sign with a Sigstore identity: {one_line(error)}")
+        return InputError(
+            f"cannot sign with {self.key}: {one_line(error)}; the key must be an EC key of P-256, P-384 or P-521, and "
+            f"its password must be in {PASSWORD}"
         )
-        return InputError(f"cannot sign with {what}: {one_line(error)}{hint}")
 
 
 class _Payload(NamedTuple):
