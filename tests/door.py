@@ -5,12 +5,10 @@ import ssl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grpc
 import pytest
-from served import images
-from tritonclient.grpc import service_pb2 as pb
 
 ALICE, BOB, CAROL = "alice-0123456789abcdef", "bob-0123456789abcdef", "carol-0123456789abcdef"
 KEYS = f"# who may ask\n{ALICE}\n\n  {BOB}  \n# {CAROL}\n"
@@ -21,14 +19,6 @@ def keys(tmp_path: Path) -> Path:
     file = tmp_path / "keys.txt"
     file.write_text(KEYS)
     return file
-
-
-def call() -> Any:
-    x = images()
-    message = pb.ModelInferRequest(model_name="bundle")
-    message.inputs.add(name="images", datatype="FP32", shape=x.shape)
-    message.raw_input_contents.append(x.tobytes())
-    return message
 
 
 class Pair(NamedTuple):

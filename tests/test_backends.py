@@ -80,17 +80,18 @@ def test_tuned_settings_are_used_on_this_machine_only(copy: Bundle, backend: str
         prepared_settings(broken, backend, "fp32")
 
 
+@contextmanager
+def with_settings(model: Path, *, noise: NoiseSource, settings: RuntimeSettings) -> Iterator[RuntimeSettings]:
+    yield settings
+
+
 def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in whose times are known: chunks of 16 are fastest, then one thread beats two."""
-
-    @contextmanager
-    def opened(model: Path, *, noise: NoiseSource, settings: RuntimeSettings) -> Iterator[RuntimeSettings]:
-        yield settings
 
     def known(settings: RuntimeSettings, images: np.ndarray) -> float:
         return abs(settings.chunk - 16) + settings.threads + len(images)
 
-    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setitem(tuning.OPENERS, "openvino", with_settings)
     monkeypatch.setattr(tuning, "milliseconds", known)
     monkeypatch.setattr(tuning, "hardware", lambda: {"cpu": "one", "cores": 4})
     _, record = tune("openvino", copy, "fp32")
@@ -114,11 +115,7 @@ def test_tuning_keeps_the_fastest_and_stops_in_time(copy: Bundle, monkeypatch: p
 def test_a_start_takes_the_threads_that_pay(
     copy: Bundle, monkeypatch: pytest.MonkeyPatch, costs: Callable[[int, int], float], threads: int, chunk: int
 ) -> None:
-    @contextmanager
-    def opened(model: Path, *, noise: NoiseSource, settings: RuntimeSettings) -> Iterator[RuntimeSettings]:
-        yield settings
-
-    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setitem(tuning.OPENERS, "openvino", with_settings)
     monkeypatch.setattr(tuning, "milliseconds", lambda settings, images: costs(settings.threads, len(images)))
     monkeypatch.setattr(tuning, "hardware", lambda: {"cores": 6})
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -136,7 +133,7 @@ def test_a_start_with_slow_loading_takes_all_threads(copy: Bundle, monkeypatch: 
         return nullcontext()
 
     monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: sum(elapsed)))
-    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
+    monkeypatch.setitem(tuning.OPENERS, "openvino", with_settings)
     monkeypatch.setattr(tuning, "milliseconds", lambda predictor, images: 1.0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert measured_at_start("openvino", copy, "fp32", 1024).threads is None

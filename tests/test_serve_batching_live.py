@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import signal
 import time
-from typing import Any
 
 import grpc
 import numpy as np
@@ -13,7 +12,7 @@ from asgi import Client, started
 from counting import PATIENCE, Network, entered
 from served import BUNDLE, INFER, VERSION, Served, http, request
 from served import images as served_images
-from tritonclient.grpc import service_pb2 as pb
+from served_clients import asked
 from tritonclient.grpc import service_pb2_grpc
 
 from mpdsgr_deploy.runtime.inference_protocol import encode_request
@@ -143,9 +142,9 @@ class TestServer:
                 listening = await start_grpc(server, "127.0.0.1", 0, None)
                 async with grpc.aio.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
                     ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
-                    first = ask(call(1))
+                    first = ask(asked(1, "bundle"))
                     await entered(network)
-                    cancelled, late = ask(call(1)), ask(call(1), timeout=0.3)
+                    cancelled, late = ask(asked(1, "bundle")), ask(asked(1, "bundle"), timeout=0.3)
                     lane = server.repository.model("bundle").lane
                     while lane.images < 2:
                         await asyncio.sleep(0.001)
@@ -155,7 +154,7 @@ class TestServer:
                         await asyncio.sleep(0.001)
                     network.go()
                     await first
-                    await ask(call(3))
+                    await ask(asked(3, "bundle"))
                     assert [len(batch) for batch in network.batches] == [1, 3]
                     assert lane.statistics.dropped == {"cancelled": 2}
                 await listening.stop(1)
@@ -179,14 +178,6 @@ class TestServer:
 
 def pictures(count: int) -> Images:
     return served_images(count)
-
-
-def call(count: int) -> Any:
-    x = pictures(count)
-    message = pb.ModelInferRequest(model_name="bundle")
-    message.inputs.add(name="images", datatype="FP32", shape=x.shape)
-    message.raw_input_contents.append(x.tobytes())
-    return message
 
 
 def test_a_flooded_server_fills_batches_and_gives_each_client_its_own_answer() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import assert_input_error, mpdsgr_here
-from door import ALICE, BOB, CAROL, KEYS, call, keys, refused
+from door import ALICE, BOB, CAROL, KEYS, keys, refused
 from served import BUNDLE, INFER, Reply, Served, eventually, images, request
+from served_clients import asked
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -137,14 +138,17 @@ def test_without_a_key_a_server_says_whether_it_is_ready_and_nothing_else(keys: 
             for metadata in ([], [("authorization", f"Bearer {CAROL}")]):
                 for name in METHODS:
                     ask_grpc = getattr(stub, name)
-                    message = call() if name == "ModelInfer" else getattr(pb, f"{name}Request")()
+                    message = asked(1, "bundle") if name == "ModelInfer" else getattr(pb, f"{name}Request")()
                     if name in ("ServerLive", "ServerReady"):
                         assert ask_grpc(message, metadata=metadata)
                         continue
                     with pytest.raises(grpc.RpcError) as refused:
                         ask_grpc(message, metadata=metadata)
                     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED, name
-            assert stub.ModelInfer(call(), metadata=[("authorization", f"Bearer {ALICE}")]).model_name == "bundle"
+            assert (
+                stub.ModelInfer(asked(1, "bundle"), metadata=[("authorization", f"Bearer {ALICE}")]).model_name
+                == "bundle"
+            )
 
         keys.write_text(f"{CAROL}\n")
         assert eventually(lambda: ask("POST", INFER, CAROL).status == 200)

@@ -13,9 +13,10 @@ import grpc
 import pytest
 from asgi import Client, started
 from conftest import assert_input_error, mpdsgr_here
-from door import Authority, authority, call
+from door import Authority, authority
 from served import BUNDLE, INFER, Served, images, request
 from served import http as message
+from served_clients import asked
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -140,7 +141,7 @@ def test_nothing_in_a_request_reaches_a_file(tmp_path: Path) -> None:
                         for m, p, body, headers in hostile_requests(planted)
                     ]
                     for name in ("../planted", str(planted)):
-                        message = call()
+                        message = asked(1, "bundle")
                         message.model_name = name
                         await denied(stub.ModelInfer(message))
                         await denied(stub.RepositoryModelLoad(pb.RepositoryModelLoadRequest(model_name=name)))

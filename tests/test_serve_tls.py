@@ -11,8 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 from conftest import assert_input_error, mpdsgr_here
-from door import Authority, Pair, authority, call, keys, refused
+from door import Authority, Pair, authority, keys, refused
 from served import BUNDLE, Served, eventually
+from served_clients import asked
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
@@ -40,7 +41,7 @@ def over_grpc(served: Served, trusted: Authority, pair: Pair | None = None) -> s
     shown = (None, None) if pair is None else (pair.key.read_bytes(), pair.certificate.read_bytes())
     credentials = grpc.ssl_channel_credentials(trusted.own.certificate.read_bytes(), *shown)
     with grpc.secure_channel(served.grpc, credentials) as channel:
-        answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(call(), timeout=60)
+        answer = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(asked(1, "bundle"), timeout=60)
     return str(answer.model_name)
 
 
