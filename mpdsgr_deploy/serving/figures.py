@@ -23,24 +23,24 @@ def statistics_extension(model: ServedModel, others: Sequence[Figures]) -> dict[
     """Return the model's entry in the statistics extension. others: the figures of the other processes."""
     counts = [model.statistics, *(other.statistics for other in others)]
 
-    def duration(*histograms: Histogram, timed: bool = True) -> dict[str, int]:
-        seconds = sum(histogram.sum for histogram in histograms) if timed else 0.0
+    def duration(*histograms: Histogram) -> dict[str, int]:
+        seconds = sum(histogram.sum for histogram in histograms)
         return {"count": sum(histogram.count for histogram in histograms), "ns": int(seconds * 1e9)}
 
-    batches = [one.batch for one in counts]
+    batches = sum(one.batch.count for one in counts)
     return {
         "name": model.source.name,
         "version": model.version,
         "last_inference": max(one.last_inference_ms for one in counts),
         "inference_count": sum(one.images for one in counts),
-        "execution_count": sum(one.batch.count for one in counts),
+        "execution_count": batches,
         "inference_stats": {
             "success": duration(*(one.request for one in counts)),
             "fail": {"count": sum(one.failed for one in counts), "ns": 0},
             "queue": duration(*(one.queue for one in counts)),
-            "compute_input": duration(*batches, timed=False),
+            "compute_input": {"count": batches, "ns": 0},
             "compute_infer": duration(*(one.inference for one in counts)),
-            "compute_output": duration(*batches, timed=False),
+            "compute_output": {"count": batches, "ns": 0},
         },
     }
 
