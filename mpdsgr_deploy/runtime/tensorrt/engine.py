@@ -179,6 +179,11 @@ def timing_cache(here: dict[str, str]) -> Path:
     return root / "mpdsgr-deploy" / ("-".join(here.values()).replace(" ", "-").replace("/", "-") + ".timing")
 
 
+def widest(engine: Prepared) -> tuple[int, int]:
+    """Return a key by which engines are sorted: those of the smallest MIN first, of these those of the largest MAX."""
+    return (engine.batch[0], -engine.batch[2]) if engine.batch else (0, 0)
+
+
 def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> Prepared:
     """Return the manifest entry of the engine to run here: of those that fit, that of smallest MIN, then largest MAX.
 
@@ -192,7 +197,7 @@ def find(backend: str, bundle: Bundle, precision: str, here: dict[str, str]) -> 
         raise InputError(f"{bundle.path} holds no {backend} engine of {precision}; build it here with: {command}")
     fitting = [p for p in engines if p.model_sha256 == sha and p.machine == here and p.batch and p.file]
     if fitting:
-        return min(fitting, key=lambda p: (p.batch[0], -p.batch[2]) if p.batch else (0, 0))
+        return min(fitting, key=widest)
     last = engines[-1]
     profile = ",".join(map(str, last.batch or BATCH))
     if last.model_sha256 != sha:

@@ -23,6 +23,7 @@ from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.lookup import choose, need
 from mpdsgr_deploy.progress import log
 from mpdsgr_deploy.runtime.float16_on_cpu import for_cpu
+from mpdsgr_deploy.runtime.tensorrt.engine import widest
 from mpdsgr_deploy.serving.deploy.output_directory import output_directory
 from mpdsgr_deploy.serving.deploy.triton_config import (
     CONFIG,
@@ -168,7 +169,7 @@ def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
                 f"{bundle.path} holds engines for {other.machine['gpu']} and {engine.machine['gpu']}, both of compute "
                 f"capability {capability}, which Triton cannot tell apart; deploy a bundle with one of them"
             )
-        chosen[capability] = min(other, engine, key=_profile)
+        chosen[capability] = min(other, engine, key=widest)
     for engine in chosen.values():
         smallest, best, largest = engine.batch or (1, 1, 1)
         if smallest > 1:
@@ -177,10 +178,6 @@ def engines_of(bundle: Bundle, precision: str) -> dict[str, Prepared]:
                 f"images; build it again with: {command} --batch 1,{best},{largest}"
             )
     return dict(sorted(chosen.items()))
-
-
-def _profile(engine: Prepared) -> tuple[int, int]:
-    return (engine.batch[0], -engine.batch[2]) if engine.batch else (0, 0)
 
 
 def _version(text: str) -> tuple[int, ...]:
