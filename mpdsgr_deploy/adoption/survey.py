@@ -9,7 +9,7 @@ from mpdsgr_deploy.attack_graph.derive import attack_graph, inlined
 from mpdsgr_deploy.attack_graph.jumps import Jump, find_jumps, values_read
 from mpdsgr_deploy.attack_graph.layers import group
 from mpdsgr_deploy.attack_graph.rules import RULES
-from mpdsgr_deploy.attack_graph.tape import Tape
+from mpdsgr_deploy.attack_graph.tape import Refused, Tape
 from mpdsgr_deploy.errors import InputError
 
 Status = Literal["faithful", "approximate", "unsupported"]
@@ -62,14 +62,16 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
     """
     network = inlined(network)
     tape = Tape(network, network.graph.input[0].name)
-    refused, jumps = "", []
+    refused: InputError | None = None
+    jumps: list[Jump] = []
     try:
         jumps = find_jumps(tape)
         attack_graph(network, surrogate)
     except InputError as error:
-        refused = str(error)
-    if not jumps and refused:
-        return Survey([_unsupported(refused, network)], 0, {}, 0, refused)
+        refused = error
+    if not jumps and refused is not None:
+        where = (refused.node, refused.operator) if isinstance(refused, Refused) else (network.graph.name, "")
+        return Survey([NodeFinding(*where, "unsupported", str(refused))], 0, {}, 0, str(refused))
     layers = group(tape, jumps)
     jump_of_output = {jump.node.output[0]: jump for jump in jumps}
     needed = _needed(network)
@@ -80,7 +82,7 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
     ]
     spikes = sum(jump.size != "branches" and not jump.compared.passes for jump in jumps)
     steps = {name: len(times) for name, times in layers.steps.items()}
-    return Survey(findings, spikes, steps, len(layers.resets), refused)
+    return Survey(findings, spikes, steps, len(layers.resets), "" if refused is None else str(refused))
 
 
 def _needed(network: onnx.ModelProto) -> set[str]:
@@ -92,21 +94,14 @@ def _needed(network: onnx.ModelProto) -> set[str]:
     return needed
 
 
-def _finding(node: onnx.NodeProto, jump: Jump | None, refused: str) -> NodeFinding:
+def _finding(node: onnx.NodeProto, jump: Jump | None, refused: InputError | None) -> NodeFinding:
     name = node.name or node.output[0]
-    if f"node {name} ({node.op_type})" in refused or (jump is None and node.op_type not in RULES):
-        why = refused if name in refused else "is an operator without a rule for its gradient"
-        return NodeFinding(name, node.op_type, "unsupported", why)
+    if isinstance(refused, Refused) and refused.node == name:
+        return NodeFinding(name, node.op_type, "unsupported", str(refused))
+    if jump is None and node.op_type not in RULES:
+        return NodeFinding(name, node.op_type, "unsupported", "is an operator without a rule for its gradient")
     if jump is not None:
         return NodeFinding(name, node.op_type, "approximate", STANDS_FOR[jump.size])
     if node.op_type in ROUNDED:
         return NodeFinding(name, node.op_type, "approximate", "rounding, taken for the identity")
     return NodeFinding(name, node.op_type, "faithful", "")
-
-
-def _unsupported(refused: str, network: onnx.ModelProto) -> NodeFinding:
-    """Return the finding for the node that a refusal names, or for the whole graph if it names none."""
-    for node in network.graph.node:
-        if f"node {node.name or node.output[0]} ({node.op_type})" in refused:
-            return NodeFinding(node.name or node.output[0], node.op_type, "unsupported", refused)
-    return NodeFinding(network.graph.name, "", "unsupported", refused)

@@ -183,6 +183,15 @@ class Tape:
         return self.emit("ReduceSum", cotangent, self.integers(*spread), keepdims=1) if spread else cotangent
 
 
-def refuse(node: onnx.NodeProto, why: str) -> InputError:
+class Refused(InputError):  # noqa: N818 - the name describes the event
+    """A node that cannot be differentiated: its name and its operator."""
+
+    node: str
+    operator: str
+
+
+def refuse(node: onnx.NodeProto, why: str) -> Refused:
     """Return the error to raise for a node that cannot be differentiated."""
-    return InputError(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")
+    error = Refused(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")
+    error.node, error.operator = node.name or node.output[0], node.op_type
+    return error

@@ -140,7 +140,7 @@ def _climb(
     keep: Literal["broken", "worst"],
 ) -> Array:
     """Attack images x of classes y in one round. aims [B]: the wrong classes aimed at; None: the round aims at none."""
-    classes, climbed = (y, target) if aims is None else (xp.stack([y, aims], axis=1), _Towards(target))
+    classes, climbed = (y, target) if aims is None else (xp.stack([y, aims], axis=1), _towards(target))
     length = steps * turn.length
     if turn.climb == "apgd":
         return apgd(climbed, x, classes, eps=eps, steps=length, step=FIRST_STEP * eps, draw=start, keep=keep)
@@ -154,15 +154,14 @@ def _margin(xp: Array, logits: Array, y: Array) -> Array:
     return xp.sum(xp.where(true, logits, xp.zeros_like(logits)), axis=1) - best_wrong
 
 
-class _Towards:
-    """A Differentiable for pairs [B, 2], whose loss is minus the loss of the second class."""
+def _towards(target: Differentiable) -> Differentiable:
+    """Return a Differentiable for pairs [B, 2], whose loss is minus the loss of the second class."""
 
-    def __init__(self, target: Differentiable) -> None:
-        self._target = target
-
-    def __call__(self, x: Array, pairs: Array) -> Gradient:
-        logits, loss, gradient = self._target(x, pairs[:, 1])
+    def negated(x: Array, pairs: Array) -> Gradient:
+        logits, loss, gradient = target(x, pairs[:, 1])
         return Gradient(logits, -loss, -gradient)
+
+    return negated
 
 
 class Still:
