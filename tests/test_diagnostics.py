@@ -106,14 +106,14 @@ def test_batches_add_up_to_one_batch_of_all_images() -> None:
 def test_gaussians_have_the_mass_scipy_says_and_omega_lies_between_the_window_bins() -> None:
     for layer in measure(network(), images(), batch_size=20):
         for moments in (layer.theorem, layer.empirical):
-            mass = layer.gaussian(moments)
+            mass = layer.mass(moments, layer.edges)
             mean, deviation = (moment.double()[..., None].numpy() for moment in moments)
             expected = np.diff(normal.cdf(layer.edges.double().numpy(), mean + layer.v_threshold, deviation), axis=-1)
             np.testing.assert_allclose(mass.numpy(), expected, atol=1e-12)
             centres = (layer.edges[:-1] + layer.edges[1:]) / 2
             inside = (centres - layer.v_threshold).abs() < layer.half_width
             torch.testing.assert_close(mass[..., inside].sum(-1), layer.omega(moments).double(), rtol=0, atol=1e-6)
-        assert (layer.gaussian(layer.empirical).sum(-1) - 1).abs().max() < 1e-6
+        assert (layer.mass(layer.empirical, layer.edges).sum(-1) - 1).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("sigma", [1e-6, 0.3, 4.0, 1e4])

@@ -114,9 +114,9 @@ BUILT_IN: dict[str, Loader] = {
 DATASETS = Registry("data set", "mpdsgr_deploy.datasets", BUILT_IN)
 
 
-def at_home(config: Data) -> Data:
-    """Return the same data set with a leading ~ in its root expanded to the user's home directory."""
-    return config.at(str(Path(config.root).expanduser()))
+def _load(config: Data, train: bool) -> Images:
+    """Load a split; a leading ~ in the root stands for the user's home directory."""
+    return DATASETS.choose(config.name)(config.at(str(Path(config.root).expanduser())), train)
 
 
 def load_test(config: Data) -> Images:
@@ -124,7 +124,7 @@ def load_test(config: Data) -> Images:
 
     Raises MissingData if the data set is not on this machine, InputError if it is unknown, damaged or incomplete.
     """
-    return in_sampling_order(DATASETS.choose(config.name)(at_home(config), False))
+    return in_sampling_order(_load(config, False))
 
 
 def load_training(config: Data) -> tuple[Images, Images]:
@@ -132,7 +132,7 @@ def load_training(config: Data) -> tuple[Images, Images]:
 
     Raises InputError as `load_test` does, and if there are too few images for data.train_images or validation_share.
     """
-    images = DATASETS.choose(config.name)(at_home(config), True)
+    images = _load(config, True)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(images))
     held_out = round(config.validation_share * len(images))
     training_order = order[held_out:]

@@ -49,10 +49,6 @@ class Distribution(NamedTuple):
         """Return Omega [T, C] in [0, 1]: the probability of the window if potentials are Gaussian with `moments`."""
         return self.mass(moments, torch.tensor(self.window, dtype=torch.float64))[..., 0]
 
-    def gaussian(self, moments: Moments) -> Tensor:
-        """Return the probability [T, C, bins] of each bin if potentials are Gaussian with `moments`."""
-        return self.mass(moments, self.edges)
-
     def mass(self, moments: Moments, edges: Tensor) -> Tensor:
         """Return the probability [T, C, n] of the intervals between `edges` [n + 1] for Gaussian potentials."""
         mu, sigma = (moment.double()[..., None] for moment in moments)

@@ -111,7 +111,7 @@ def draw_steps(figure: FigureBase, layer: Distribution, channel: int | None) -> 
     widths, centres = np.diff(edges), (edges[:-1] + edges[1:]) / 2
     inside = abs(centres - layer.v_threshold) < layer.half_width
     density = mean(layer.counts) / layer.size / widths
-    curves = [mean(layer.gaussian(moments)) / widths for *_, moments in estimates]
+    curves = [mean(layer.mass(moments, layer.edges)) / widths for *_, moments in estimates]
     omegas = [mean(layer.omega(moments)) for *_, moments in estimates]
     window, rate = mean(layer.in_window), mean(layer.firing_rate)
     for t, axes in enumerate(panels(figure, layer)):

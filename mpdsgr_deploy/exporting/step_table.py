@@ -1,10 +1,11 @@
 """Measure each number of time steps: export a bundle's networks again at 1 to T steps, attack them and time them."""
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from timeit import timeit
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,6 @@ from mpdsgr_deploy.data import Images
 from mpdsgr_deploy.diagnostics.operation_counts import macs
 from mpdsgr_deploy.exporting.step_search import Bools, Flips, StepFile, step_files, unfinished_attacks
 from mpdsgr_deploy.progress import log
-from mpdsgr_deploy.protocols import Predictor
 from mpdsgr_deploy.runtime import NoiseSource, OnnxRuntime
 from mpdsgr_deploy.trained_networks import load_bundled
 
@@ -110,11 +110,5 @@ def _milliseconds(files: Sequence[StepFile], images: NDArray[np.float32], batch:
     with ExitStack() as stack:
         noise = [NoiseSource(file.noise, file.recipe.validation.seed) for file in files]
         networks = [stack.enter_context(OnnxRuntime(f.file, noise=n)) for f, n in zip(files, noise, strict=True)]
-        seconds = [[_seconds(network, x) for network in networks] for _ in range(ROUNDS + 1)]
+        seconds = [[timeit(partial(network, x), number=1) for network in networks] for _ in range(ROUNDS + 1)]
     return (1000 / batch * np.median(seconds[1:], axis=0)).tolist()  # the first round is warm-up
-
-
-def _seconds(network: Predictor, x: NDArray[np.float32]) -> float:
-    started = time.perf_counter()
-    network(x)
-    return time.perf_counter() - started
