@@ -9,7 +9,7 @@ from mpdsgr_deploy.attack_graph.derive import attack_graph, inlined
 from mpdsgr_deploy.attack_graph.jumps import Jump, find_jumps, values_read
 from mpdsgr_deploy.attack_graph.layers import group
 from mpdsgr_deploy.attack_graph.rules import RULES
-from mpdsgr_deploy.attack_graph.tape import Refused, Tape
+from mpdsgr_deploy.attack_graph.tape import Tape, UnsupportedNode
 from mpdsgr_deploy.errors import InputError
 
 Status = Literal["faithful", "approximate", "unsupported"]
@@ -70,7 +70,7 @@ def survey(network: onnx.ModelProto, surrogate: str) -> Survey:
     except InputError as error:
         refused = error
     if not jumps and refused is not None:
-        where = (refused.node, refused.operator) if isinstance(refused, Refused) else (network.graph.name, "")
+        where = (refused.node, refused.operator) if isinstance(refused, UnsupportedNode) else (network.graph.name, "")
         return Survey([NodeFinding(*where, "unsupported", str(refused))], 0, {}, 0, str(refused))
     layers = group(tape, jumps)
     jump_of_output = {jump.node.output[0]: jump for jump in jumps}
@@ -96,7 +96,7 @@ def _needed(network: onnx.ModelProto) -> set[str]:
 
 def _finding(node: onnx.NodeProto, jump: Jump | None, refused: InputError | None) -> NodeFinding:
     name = node.name or node.output[0]
-    if isinstance(refused, Refused) and refused.node == name:
+    if isinstance(refused, UnsupportedNode) and refused.node == name:
         return NodeFinding(name, node.op_type, "unsupported", str(refused))
     if jump is None and node.op_type not in RULES:
         return NodeFinding(name, node.op_type, "unsupported", "is an operator without a rule for its gradient")

@@ -183,15 +183,15 @@ class Tape:
         return self.emit("ReduceSum", cotangent, self.integers(*spread), keepdims=1) if spread else cotangent
 
 
-class Refused(InputError):  # noqa: N818 - the name describes the event
+class UnsupportedNode(InputError):  # noqa: N818 - the name describes the problem
     """A node that cannot be differentiated: its name and its operator."""
 
     node: str
     operator: str
 
 
-def refuse(node: onnx.NodeProto, why: str) -> Refused:
+def refuse(node: onnx.NodeProto, why: str) -> UnsupportedNode:
     """Return the error to raise for a node that cannot be differentiated."""
-    error = Refused(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")
+    error = UnsupportedNode(f"no attack graph: node {node.name or node.output[0]} ({node.op_type}) {why}")
     error.node, error.operator = node.name or node.output[0], node.op_type
     return error
