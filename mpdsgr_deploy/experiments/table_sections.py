@@ -134,21 +134,15 @@ def lost_by_eta(measured: Measured) -> dict[str, dict[float, float]]:
     return lost
 
 
-def chosen(measured: Measured, budget: float) -> dict[str, float]:
-    """Return the largest eta that loses at most `budget` points by estimator, for estimators that have one."""
-    lost = lost_by_eta(measured)
-    within = {name: [eta for eta, cost in points.items() if cost <= budget] for name, points in lost.items()}
-    return {name: max(etas) for name, etas in within.items() if etas}
-
-
 def choice(measured: Measured, budget: float) -> str:
     """Show the accuracy that each eta costs, and the largest eta that costs at most `budget` points."""
-    recommended, lost = chosen(measured, budget), lost_by_eta(measured)
+    lost = lost_by_eta(measured)
     columns = sorted({eta for points in lost.values() for eta in points})
-    rows = [
-        [name, *(f"{points[eta]:+.2f}" if eta in points else "-" for eta in columns), f"{recommended.get(name, '-')}"]
-        for name, points in lost.items()
-    ]
+    rows = []
+    for name, points in lost.items():
+        costs = (f"{points[eta]:+.2f}" if eta in points else "-" for eta in columns)
+        within = [eta for eta, cost in points.items() if cost <= budget]
+        rows.append([name, *costs, str(max(within, default="-"))])
     return (
         "## The choice of eta\n\nPoints of clean accuracy on the validation split lost against the row without "
         f"MPD-SGR, and the largest eta that loses at most {budget:g}:\n\n"

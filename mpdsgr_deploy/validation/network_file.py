@@ -106,11 +106,11 @@ class ResolvedNode(NamedTuple):
 def rounding_faults(bundle: Bundle, precision: str, x: NDArray[np.float32]) -> list[str]:
     """Return how a precision's file differs from the float32 network by more than its rounding.
 
-    x: images [n, C, H, W] on which the rounding of activations is checked. The result is empty for a network that this
-    package did not train: its reduced precisions may come from a quantiser that makes other choices (fused operators,
-    rounded activations), so they are compared with float32 by their verdicts alone.
+    x: images [n, C, H, W] on which the rounding of activations is checked. The result is empty for float32, and for a
+    network that this package did not train: its reduced precisions may come from a quantiser that makes other choices
+    (fused operators, rounded activations), so they are compared with float32 by their verdicts alone.
     """
-    if bundle.manifest.origin != "trained":
+    if precision == "fp32" or bundle.manifest.origin != "trained":
         return []
     network = onnx.load(bundle.variant(precision))
     layers = bundle.manifest.variants[precision].layers

@@ -126,7 +126,8 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     logits = predict(suite.network, x, size, CLEAN)
     clean = classes_of(logits)
     parity = check_answers(subject.reference, target.precision, logits)
-    wrong = _not_the_network(target, parity, x)
+    rounding = rounding_faults(target.bundle, target.precision, x[:TRIED])
+    wrong = [Reason(text=text) for text in (*answer_faults(parity), *rounding)]
     if subject.journal is not None:
         subject.journal.begin(logits)
     evidence = without_attack(subject, logits, rebuild)
@@ -151,12 +152,6 @@ def judge(subject: Subject, rebuild: Rebuild | None = None) -> Judged:
     reasons = [*invalid, *_failures(subject.gate, rows, wrong, measurement.stopped)]
     pictures = examples(x, images.labels, measurement)
     return Judged(measurement, rows, health, reasons, curves, pictures, parity, evidence.convergence)
-
-
-def _not_the_network(target: Target, parity: Parity | None, x: Floats) -> list[Reason]:
-    """Return reasons to believe that the artefact is not the network that was exported."""
-    rounding = [] if target.precision == "fp32" else rounding_faults(target.bundle, target.precision, x[:TRIED])
-    return [Reason(text=text) for text in (*answer_faults(parity), *rounding)]
 
 
 def _lost(subject: Subject, name: str, correct: NDArray[np.bool_]) -> str | None:
