@@ -16,7 +16,7 @@ from mpdsgr_deploy.atomic_files import sha256, writing
 from mpdsgr_deploy.attack_graph.attacker import NetworkFile
 from mpdsgr_deploy.attacks.condition import TRANSFER, Source
 from mpdsgr_deploy.bundle import MANIFEST, Bundle, open_bundle
-from mpdsgr_deploy.checkpoint import FILE, find_checkpoint
+from mpdsgr_deploy.checkpoint import FILE, find_checkpoint, load_checkpoint
 from mpdsgr_deploy.errors import EvaluationError, InputError
 from mpdsgr_deploy.lookup import need
 from mpdsgr_deploy.parity import compare
@@ -161,9 +161,11 @@ def other_network(checkpoint_dir: Path, shape: tuple[int, int, int], labels: tup
     for others, and for a damaged checkpoint.
     """
     from mpdsgr_deploy.runtime.torch_model import TorchModel, TorchNetwork
-    from mpdsgr_deploy.trained_networks import load_network
+    from mpdsgr_deploy.trained_networks import load_model
 
-    checkpoint, network = load_network(find_checkpoint(checkpoint_dir))
+    source = find_checkpoint(checkpoint_dir)
+    checkpoint = load_checkpoint(source)
     require_alike(checkpoint_dir, (checkpoint.shape, checkpoint.labels), (shape, labels))
+    network = load_model(source / checkpoint.weights, checkpoint.recipe, checkpoint.shape, len(checkpoint.labels))
     model = TorchModel(network, checkpoint.shape, checkpoint.recipe.validation.seed)
     return Source(TorchNetwork(model), trained_surrogate(checkpoint.recipe))
