@@ -260,5 +260,8 @@ def test_an_interrupt_is_one_line_and_keeps_what_is_finished(
     until(lambda: size(place) > 5 * 72 and len(children(process)) == 2)
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "interrupted; results that were finished before are on disk\n")
+    assert process.returncode == 130
+    # a slow machine writes lines of progress before
+    assert said.splitlines()[-1] == "interrupted; results that were finished before are on disk"
+    assert "Traceback" not in said
     assert size(place) > 5 * 72
