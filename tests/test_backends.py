@@ -133,7 +133,7 @@ def test_a_start_with_slow_loading_takes_all_threads(copy: Bundle, monkeypatch: 
         return nullcontext()
 
     monkeypatch.setattr(tuning, "time", SimpleNamespace(monotonic=lambda: sum(elapsed)))
-    monkeypatch.setitem(tuning.OPENERS, "openvino", with_settings)
+    monkeypatch.setitem(tuning.OPENERS, "openvino", opened)
     monkeypatch.setattr(tuning, "milliseconds", lambda predictor, images: 1.0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert measured_at_start("openvino", copy, "fp32", 1024).threads is None
