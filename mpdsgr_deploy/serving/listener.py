@@ -17,6 +17,7 @@ from mpdsgr_deploy.serving.app import Server
 from mpdsgr_deploy.serving.http import Http
 from mpdsgr_deploy.serving.http_connection import HttpConnection
 from mpdsgr_deploy.serving.http_request import BUSY, HEAD_BYTES, refusal
+from mpdsgr_deploy.serving.last_connections import take_no_more
 
 RESERVE = 32  # connections above the limit, which may only ask for the server's health
 AT_ONCE = 200  # connections that are accepted before other tasks run
@@ -122,7 +123,7 @@ class Listener:
             self._accepting, self.server.counts.accepting = False, 0
             self._loop.remove_reader(self._sock)
             if not self.server.group.accepting:
-                self._sock.listen(0)  # accept no new connections into the backlog while it is emptied
+                take_no_more(self._sock)
                 self._accept(at_once=1 << 16)
         self._sock.close()
 
