@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,11 @@ def test_train_without_a_name_trains_what_the_measured_tables_favour(tmp_path: P
     assert done.returncode == 0, done.stderr
     found = load_checkpoint(tmp_path / "run" / "last").recipe
     assert (found.data.name, found.method) == ("digits", "AT + SR")
+
+
+@pytest.mark.parametrize("name", ["bundles", "recipes", "train"])
+def test_a_command_that_needs_no_runtime_loads_none(name: str) -> None:
+    code = f"import sys; from mpdsgr_deploy.cli import main; main.get_command(None, {name!r}); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert f"mpdsgr_deploy.cli.{name}" in loaded
+    assert {"onnx", "torch", "mpdsgr_deploy.runtime"}.isdisjoint(loaded)

@@ -14,17 +14,10 @@ from rich.text import Text
 from mpdsgr_deploy.address import local_copy, parse_address
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.runtime.open import DEFAULT_BACKEND
 from mpdsgr_deploy.signing.trust import Trust
 
 NARROWEST = 16  # smallest width of a folded cell, in characters
 
-backend_option = click.option(
-    "--backend",
-    default=DEFAULT_BACKEND,
-    show_default=True,
-    help="Runtime of the network; `mpdsgr doctor` lists all. None has run on a GPU yet.",
-)
 precision_option = click.option(
     "--precision",
     help="Which of the bundle's networks to use: fp32, fp16, int8 or fp8.  [default: the one of BUNDLE@PRECISION, else "

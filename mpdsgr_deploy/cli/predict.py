@@ -5,8 +5,9 @@ import sys
 import click
 
 from mpdsgr_deploy.address import parse_address
+from mpdsgr_deploy.cli.backend_option import backend_option
 from mpdsgr_deploy.cli.ignored import refuse_ignored
-from mpdsgr_deploy.cli.output import backend_option, opened_bundle, precision_option, signature_option
+from mpdsgr_deploy.cli.output import opened_bundle, precision_option, signature_option
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.prediction import Job
 from mpdsgr_deploy.prediction.faults import place_of_faults

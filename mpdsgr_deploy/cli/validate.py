@@ -6,9 +6,9 @@ import click
 
 from mpdsgr_deploy.api import rebuilding
 from mpdsgr_deploy.attacks.tiers import TIERS
+from mpdsgr_deploy.cli.backend_option import backend_option
 from mpdsgr_deploy.cli.ignored import refuse_ignored
 from mpdsgr_deploy.cli.output import (
-    backend_option,
     json_option,
     opened_bundle,
     precision_option,
