@@ -1,5 +1,6 @@
 """Images in a fixed order, read in consecutive ranges from files on this machine or in a store."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -84,7 +85,7 @@ class StoredImages(ImageFiles):
         return "".join(self._files[start:stop])
 
 
-class ShardFile:
+class ShardFile(ABC):
     """One file with `count` images, which stays open between reads; it is read like `ImageFiles`.
 
     Image i is named FILE[i].
@@ -111,8 +112,8 @@ class ShardFile:
     def stamp(self, start: int, stop: int) -> str:
         return f"{self._stamp}{start}:{stop}"
 
-    def read(self, start: int, stop: int, pool: Executor) -> Pixels:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, start: int, stop: int, pool: Executor) -> Pixels: ...
 
     def close(self) -> None:
         if self._file is not None:
