@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from conftest import mpdsgr
 from exporting_once import to_graph
@@ -14,12 +15,14 @@ from exporting_once import to_graph
 from mpdsgr_deploy.attacks.tiers import TIERS, suite_of
 from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
 from mpdsgr_deploy.cli.table import command
+from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
 from mpdsgr_deploy.experiments import flip_measurement, flip_records, flips_page, page_parts, table_page
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record, read_records
 from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
 from mpdsgr_deploy.experiments.row_comparison import difference
 from mpdsgr_deploy.experiments.table import built_in_tables, load_table
+from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.validation.proportions import wilson
 
 SMALL = """
@@ -74,6 +77,12 @@ def test_a_table_is_measured_and_its_page_has_the_means_of_the_records(measured:
     settings = record.recipe.defence["mpd-sgr"]
     assert (settings["estimator"], settings["eta"], record.recipe.training.seed) == ("empirical", 0.25, 1)
     assert (record.attacked.n, record.checkpoint, record.suite) == (40, "last", suite_of(None))
+    assert record.test_set is not None
+    trained, network = load_network(next(measured.parent.glob("runs/small/empirical-seed1-*/last")))
+    test = load_test(trained.recipe.data)
+    with torch.no_grad():
+        right = network(torch.from_numpy(test.unit())).argmax(1) == torch.from_numpy(test.classes)
+    assert (record.test_set.n, record.test_set.correct) == (497, int(right.sum()))
     clean = [records["digits-reg", seed].attacked.accuracy("clean") for seed in (0, 1)]
     mean, deviation = sum(clean) / 2, abs(clean[0] - clean[1]) / 2**0.5
     low, high = wilson(40 * mean, 40)
@@ -205,7 +214,7 @@ def test_one_failed_run_of_two_processes_does_not_stop_the_other(small: Path) ->
     assert "2 of 2" in done.stderr
     text = (small.parent / "results" / "small" / table_page.PAGE).read_text()
     assert "| empirical | MPD-SGR | 0 | 40 |" in text
-    assert "Not measured: too-large." in text
+    assert "Not measured: too-large; seed 1 of empirical." in text
 
 
 def test_a_run_that_another_keeps_from_being_measured_is_said(small: Path) -> None:

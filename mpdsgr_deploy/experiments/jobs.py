@@ -49,20 +49,24 @@ def runs_of(
 ) -> Iterator[Run]:
     """Yield the run of each row of table `name` with each seed, all rows of a seed together.
 
-    seeds: empty for those of the table.
+    seeds: empty for those of the table. A row that has only the table's `start_seed` is yielded once.
     """
 
     def alone(row: RowSpec, seed: int) -> Run:
         """Return the run of a row without the network whose attacked images it uses."""
         init = None if row.init is None else alone(table.row(row.init), seed)
-        return Run(name, table, row.title, table.recipe(row, seed), places, init)
+        return Run(name, table, row.title, table.recipe(row, table.seed_of(row, seed)), places, init)
 
+    yielded: set[str] = set()
     for seed in seeds or table.seeds:
         for row in rows:
             sender = None
             if row.transfer is not None:
                 sender = alone(table.row(row.transfer), table.next_seed(seed))
-            yield replace(alone(row, seed), sender=sender)
+            run = replace(alone(row, seed), sender=sender)
+            if str(run) not in yielded:
+                yield run
+            yielded.add(str(run))
 
 
 def measure_all(todo: list[Run], jobs: int) -> Failures:

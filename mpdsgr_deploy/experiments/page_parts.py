@@ -13,9 +13,16 @@ def seeds(records: list[Record]) -> str:
 
 
 def unmeasured(table: TableSpec, measured: Measured) -> str:
-    """Return a sentence with the rows that have no record; empty if there are none."""
-    missing = [row.title for row in table.rows if row.title not in measured]
-    return f"Not measured: {', '.join(missing)}." if missing else ""
+    """Return a sentence with the rows, or the seeds of rows, that have no record; empty if there are none."""
+    missing = [", ".join(row.title for row in table.rows if row.title not in measured)]
+    by_seed: dict[int, list[str]] = {}
+    for row in table.rows:
+        planned = {table.seed_of(row, seed) for seed in table.seeds}
+        known = {record.seed for record in measured.get(row.title, [])} or planned
+        for seed in sorted(planned - known):
+            by_seed.setdefault(seed, []).append(row.title)
+    missing += [f"seed {seed} of {', '.join(titles)}" for seed, titles in sorted(by_seed.items())]
+    return f"Not measured: {'; '.join(filter(None, missing))}." if any(missing) else ""
 
 
 def union_suite(measured: Measured) -> str:
@@ -34,6 +41,12 @@ def unhealthy(measured: Measured) -> str:
     return "\n".join([lines[0], "", *lines[1:]] if lines[1:] else lines)
 
 
+def test_accuracy(records: list[Record]) -> str:
+    """Return the accuracy in % on all test images, averaged over seeds; "-" if a record lacks it."""
+    test_sets = [record.test_set for record in records if record.test_set is not None]
+    return f"{100 * fmean(t.accuracy for t in test_sets):.2f}" if len(test_sets) == len(records) else "-"
+
+
 def behaviour(measured: Measured) -> str:
     """Show membrane statistics, and the effect of perturbations in units of the margin, averaged over seeds."""
     rows = []
@@ -49,12 +62,18 @@ def behaviour(measured: Measured) -> str:
         flipped = [list(e["flipped_pgd"].values()) for e in effects]
         flips = " / ".join(f"{fmean(shares[end] for shares in flipped):.3f}" for end in (0, -1)) if flipped else "-"
         validation = 100 * fmean(record.curve["validation_accuracy"][-1] for record in records)
-        cells = [f"{validation:.1f}", f"{omega(records):.3f}", f"{firing[0]:.3f} / {firing[1]:.3f}"]
+        cells = [
+            f"{validation:.1f}",
+            test_accuracy(records),
+            f"{omega(records):.3f}",
+            f"{firing[0]:.3f} / {firing[1]:.3f}",
+        ]
         rows.append([title, *cells, mean([e["margin"] for e in effects]), *drops, flips])
-    activity = ["row", "validation", "Omega", "firing rate, first / last layer"]
+    activity = ["row", "validation", "test", "Omega", "firing rate, first / last layer"]
     attack = ["margin", "promised / margin", "noise / margin", "pgd / margin", "flipped by pgd, first / last layer"]
     note = (
-        "`validation` is the accuracy in % on all validation images after the last epoch. "
+        "`validation` and `test` are the accuracy in % on all validation images after the last epoch and on all test "
+        "images; `-`: not measured. "
         "`promised` is the drop of the margin (true logit minus the best other) that the surrogate gradient announces "
         "for a step of eps, `noise` and `pgd` the drop that really follows, on images the network gets right; see "
         "`mpdsgr_deploy/experiments/sensitivity.py`."

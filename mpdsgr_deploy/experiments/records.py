@@ -108,6 +108,18 @@ class AttackedExport(AttackedNetwork):
         )
 
 
+class WholeTestSet(BaseModel):
+    """How many of all n test images a network classifies correctly without attack. provenance: of this count."""
+
+    n: int
+    correct: int
+    provenance: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.n
+
+
 class Record(BaseModel):
     """The result of one row with one seed.
 
@@ -116,7 +128,8 @@ class Record(BaseModel):
     values that training logged, one per epoch, by name. layers: the `LayerStatistics` of the last epoch. membranes:
     histograms of the potentials by layer, if the table shows them. tier: whose attacks were made on the torch network,
     None for those that the recipe names. torch: the evaluation of the torch network, or else artefacts: those of the
-    exported network by precision. sensitivity: the result of `sensitivity.sensitivity`. provenance: that of the
+    exported network by precision. test_set: the torch network on all test images, of which few may be attacked; None
+    in records of earlier versions. sensitivity: the result of `sensitivity.sensitivity`. provenance: that of the
     training. init: hash and epoch of the weights that training started from, None for random ones.
     """
 
@@ -135,6 +148,7 @@ class Record(BaseModel):
     tier: str | None = None
     torch: AttackedNetwork | None = None
     artefacts: dict[str, AttackedExport] = {}
+    test_set: WholeTestSet | None = None
     sensitivity: Annotated[dict[str, Any], Rounded]
     provenance: dict[str, Any]
     init: dict[str, Any] | None = None

@@ -57,11 +57,14 @@ class TableSpec(Section):
     have this defence. limit: number of test images; None: the recipes'. artefact: export the networks, and attack the
     exported ones; None: attack the torch networks, with the attacks of `tier` (None: those that the recipes name), and
     with PGD in the paper's setting within each of `eps`. eta_budget: the rows are a sweep over MPD-SGR's eta, and the
-    page names the largest eta that costs at most this many points of clean accuracy on validation images.
+    page names the largest eta that costs at most this many points of clean accuracy on validation images. start_seed:
+    the only seed of the rows without `init`, so that all seeds of the other rows start from the same networks; None:
+    every seed starts from the network of the same seed.
     """
 
     title: str
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)] = (0,)
+    start_seed: Seed | None = None
     set: Names = ()
     limit: Count | None = None
     tier: TierName | None = None
@@ -100,6 +103,10 @@ class TableSpec(Section):
         step = attack.step / attack.eps
         return [entry("pgd", f"{PGD} {255 * eps:.3g}/255", eps=eps, step=eps * step) for eps in self.eps]
 
+    def seed_of(self, row: RowSpec, seed: int) -> int:
+        """Return the seed to train a row with where the rest of the table has `seed`."""
+        return self.start_seed if self.start_seed is not None and row.init is None else seed
+
     def next_seed(self, seed: int) -> int:
         """Return the seed after `seed`; the last one is followed by the first."""
         return next((number for number in self.seeds if number > seed), self.seeds[0])
@@ -128,8 +135,8 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     """Check a table and return it. source: what error messages call the table.
 
     Raises InputError for two rows of one title, a change that applies to no row, an `init` or `transfer` that names no
-    row, a row that starts from its own result, a transfer with fewer than two seeds, and `transfer` or `eps` together
-    with `artefact`.
+    row, a row that starts from its own result, a `start_seed` without any `init`, a transfer with fewer than two seeds,
+    and `transfer` or `eps` together with `artefact`.
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
@@ -137,6 +144,8 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     used = {override for row in table.rows for override in table.overrides(row)}
     if unused := [override for override in table.set if override not in used]:
         raise InputError(f"{source}: {', '.join(unused)} changes a defence that no row has; leave it out")
+    if table.start_seed is not None and all(row.init is None for row in table.rows):
+        raise InputError(f"{source}: start_seed is for rows that start from others, and no row has init; leave it out")
     if circular := [row.title for row in table.rows if starts_from_itself(table, row)]:
         raise InputError(
             f"{source}: {', '.join(circular)} would start from weights that depend on its own result; change `init`"

@@ -18,14 +18,16 @@ from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
 from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.experiments import variants
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record
-from mpdsgr_deploy.experiments.records import KEY, AttackedExport, AttackedNetwork, Record
+from mpdsgr_deploy.experiments.records import KEY, AttackedExport, AttackedNetwork, Record, WholeTestSet
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec
 from mpdsgr_deploy.exporting import export
 from mpdsgr_deploy.models import SpikingNet
-from mpdsgr_deploy.progress import log
+from mpdsgr_deploy.progress import log, track
+from mpdsgr_deploy.provenance import provenance
 from mpdsgr_deploy.recipe import Gate, Recipe
 from mpdsgr_deploy.runtime.session import CUDA
+from mpdsgr_deploy.runtime.torch_model import TorchModel
 from mpdsgr_deploy.schema import parse
 from mpdsgr_deploy.trained_networks import load_network
 from mpdsgr_deploy.training import train
@@ -150,6 +152,7 @@ def measure(run: Run) -> Record:
         tier=table.tier,
         torch=evaluation,
         artefacts=artefacts,
+        test_set=whole_test_set(model, checkpoint.shape, run.local_recipe),
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
         init=checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")},
@@ -185,6 +188,16 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
             write_atomic(file, without_pictures.model_dump_json().encode())
         reports[precision] = Report.model_validate_json(file.read_bytes())
     return reports
+
+
+def whole_test_set(model: SpikingNet, shape: tuple[int, int, int], recipe: Recipe) -> WholeTestSet:
+    """Classify all test images of a recipe. shape: (C, H, W) of an image. Raises InputError as `load_test` does."""
+    test, batch_size = load_test(recipe.data), recipe.validation.batch_size
+    network, correct = TorchModel(model, shape, recipe.validation.seed), 0
+    for start in track(range(0, len(test), batch_size), "all test images"):
+        batch = test[start : start + batch_size]  # the whole set as float32 can be larger than memory
+        correct += int((network(batch.unit()).argmax(1) == batch.classes).sum())
+    return WholeTestSet(n=len(test), correct=correct, provenance=provenance())
 
 
 def membranes(model: SpikingNet, images: Images, recipe: Recipe) -> list[Membrane]:
