@@ -41,7 +41,7 @@ def unhealthy(measured: Measured) -> str:
     return "\n".join([lines[0], "", *lines[1:]] if lines[1:] else lines)
 
 
-def test_accuracy(records: list[Record]) -> str:
+def accuracy_on_test_set(records: list[Record]) -> str:
     """Return the accuracy in % on all test images, averaged over seeds; "-" if a record lacks it."""
     test_sets = [record.test_set for record in records if record.test_set is not None]
     return f"{100 * fmean(t.accuracy for t in test_sets):.2f}" if len(test_sets) == len(records) else "-"
@@ -64,7 +64,7 @@ def behaviour(measured: Measured) -> str:
         validation = 100 * fmean(record.curve["validation_accuracy"][-1] for record in records)
         cells = [
             f"{validation:.1f}",
-            test_accuracy(records),
+            accuracy_on_test_set(records),
             f"{omega(records):.3f}",
             f"{firing[0]:.3f} / {firing[1]:.3f}",
         ]

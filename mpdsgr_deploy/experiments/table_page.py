@@ -7,7 +7,15 @@ from statistics import fmean
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
 from mpdsgr_deploy.experiments import table_plots, table_sections
 from mpdsgr_deploy.experiments.markdown import markdown, publish
-from mpdsgr_deploy.experiments.page_parts import behaviour, seeds, sources, unhealthy, union_suite, unmeasured
+from mpdsgr_deploy.experiments.page_parts import (
+    accuracy_on_test_set,
+    behaviour,
+    seeds,
+    sources,
+    unhealthy,
+    union_suite,
+    unmeasured,
+)
 from mpdsgr_deploy.experiments.records import Measured, load_measured
 from mpdsgr_deploy.experiments.row_comparison import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
@@ -104,12 +112,20 @@ def quote(name: str, measured: Measured, text: str) -> str:
 
 
 def short(measured: Measured) -> str:
-    """Show the mean accuracy of every row and the deviation between seeds, under the main conditions."""
+    """Show the mean accuracy of every row and the deviation between seeds, under the main conditions.
+
+    The accuracy on all test images comes first if every row has it.
+    """
     within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
     columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
     names = table_plots.labels([records[0] for records in measured.values()])
-    rows = [[names[title], *shorts(records, columns)] for title, records in measured.items()]
-    return f"{markdown(['method', *columns], rows)}\n\n{union_suite(measured)}"
+    test_sets = [[accuracy_on_test_set(records)] for records in measured.values()]
+    shown = ["clean, all test images"] if ["-"] not in test_sets else []
+    rows = [
+        [names[title], *(test_set if shown else []), *shorts(records, columns)]
+        for test_set, (title, records) in zip(test_sets, measured.items(), strict=True)
+    ]
+    return f"{markdown(['method', *shown, *columns], rows)}\n\n{union_suite(measured)}"
 
 
 def conditions(measured: Measured) -> list[str]:
