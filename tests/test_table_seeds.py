@@ -62,6 +62,14 @@ def test_a_start_seed_that_changes_nothing_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path, first_row)
 
 
+def test_images_cannot_be_transferred_from_a_row_with_one_seed(tmp_path: Path) -> None:
+    """The network of its next seed would be the network itself."""
+    transferred = TABLE.replace('recipe = "digits-reg"', 'recipe = "digits-reg"\ntransfer = "digits-reg"')
+    with pytest.raises(InputError, match=r"need networks of two seeds, and digits-reg, .* has one"):
+        loaded(tmp_path, transferred)
+    loaded(tmp_path, transferred.replace("start_seed = 7", ""))
+
+
 def test_the_page_names_the_seeds_that_were_not_measured(tmp_path: Path) -> None:
     table = loaded(tmp_path, TABLE)
 

@@ -57,16 +57,13 @@ def runs_of(
         init = None if row.init is None else alone(table.row(row.init), seed)
         return Run(name, table, row.title, table.recipe(row, table.seed_of(row, seed)), places, init)
 
-    yielded: set[str] = set()
-    for seed in seeds or table.seeds:
-        for row in rows:
-            sender = None
-            if row.transfer is not None:
-                sender = alone(table.row(row.transfer), table.next_seed(seed))
-            run = replace(alone(row, seed), sender=sender)
-            if str(run) not in yielded:
-                yield run
-            yielded.add(str(run))
+    def with_sender(row: RowSpec, seed: int) -> Run:
+        if row.transfer is None:
+            return alone(row, seed)
+        return replace(alone(row, seed), sender=alone(table.row(row.transfer), table.next_seed(seed)))
+
+    runs = (with_sender(row, seed) for seed in seeds or table.seeds for row in rows)
+    yield from {str(run): run for run in runs}.values()
 
 
 def measure_all(todo: list[Run], jobs: int) -> Failures:

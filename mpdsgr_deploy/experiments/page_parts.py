@@ -14,15 +14,13 @@ def seeds(records: list[Record]) -> str:
 
 def unmeasured(table: TableSpec, measured: Measured) -> str:
     """Return a sentence with the rows, or the seeds of rows, that have no record; empty if there are none."""
-    missing = [", ".join(row.title for row in table.rows if row.title not in measured)]
-    by_seed: dict[int, list[str]] = {}
-    for row in table.rows:
-        planned = {table.seed_of(row, seed) for seed in table.seeds}
-        known = {record.seed for record in measured.get(row.title, [])} or planned
-        for seed in sorted(planned - known):
-            by_seed.setdefault(seed, []).append(row.title)
-    missing += [f"seed {seed} of {', '.join(titles)}" for seed, titles in sorted(by_seed.items())]
-    return f"Not measured: {'; '.join(filter(None, missing))}." if any(missing) else ""
+    absent = [row.title for row in table.rows if row.title not in measured]
+    missing = [", ".join(absent)] if absent else []
+    planned = {title: table.seeds_of(table.row(title)) for title in measured}
+    for seed in sorted(set().union(*planned.values())):
+        titles = [t for t, own in planned.items() if seed in own and all(r.seed != seed for r in measured[t])]
+        missing += [f"seed {seed} of {', '.join(titles)}"] if titles else []
+    return f"Not measured: {'; '.join(missing)}." if missing else ""
 
 
 def union_suite(measured: Measured) -> str:

@@ -107,6 +107,10 @@ class TableSpec(Section):
         """Return the seed to train a row with where the rest of the table has `seed`."""
         return self.start_seed if self.start_seed is not None and row.init is None else seed
 
+    def seeds_of(self, row: RowSpec) -> list[int]:
+        """Return the seeds that a row is trained with, in ascending order."""
+        return sorted({self.seed_of(row, seed) for seed in self.seeds})
+
     def next_seed(self, seed: int) -> int:
         """Return the seed after `seed`; the last one is followed by the first."""
         return next((number for number in self.seeds if number > seed), self.seeds[0])
@@ -135,8 +139,8 @@ def checked(table: TableSpec, source: str) -> TableSpec:
     """Check a table and return it. source: what error messages call the table.
 
     Raises InputError for two rows of one title, a change that applies to no row, an `init` or `transfer` that names no
-    row, a row that starts from its own result, a `start_seed` without any `init`, a transfer with fewer than two seeds,
-    and `transfer` or `eps` together with `artefact`.
+    row, a row that starts from its own result, a `start_seed` without any `init`, a transfer from a row with fewer than
+    two seeds, and `transfer` or `eps` together with `artefact`.
     """
     titles = [row.title for row in table.rows]
     if repeated := {title for title in titles if titles.count(title) > 1}:
@@ -151,8 +155,9 @@ def checked(table: TableSpec, source: str) -> TableSpec:
             f"{source}: {', '.join(circular)} would start from weights that depend on its own result; change `init`"
         )
     senders = [table.row(row.transfer) for row in table.rows if row.transfer is not None]
-    if senders and len(set(table.seeds)) < 2:
-        raise InputError(f"{source}: transfer attacks need networks of two seeds, and the table has one; add a seed")
+    if single := [sender.title for sender in senders if len(table.seeds_of(sender)) < 2]:
+        where = "the table" if len(set(table.seeds)) < 2 else f"{single[0]}, for which start_seed is set,"
+        raise InputError(f"{source}: transfer attacks need networks of two seeds, and {where} has one; add a seed")
     if senders and table.artefact is not None:
         raise InputError(f"{source}: transfer attacks only torch networks; leave out transfer or [artefact]")
     if table.eps and table.artefact is not None:

@@ -119,13 +119,13 @@ def short(measured: Measured) -> str:
     within = {name.replace(PGD, "PGD"): name for name in conditions(measured) if name.startswith(f"{PGD} ")}
     columns = {"clean": CLEAN, "FGSM": FGSM, **within, "PGD": PGD, **STRONG}
     names = table_plots.labels([records[0] for records in measured.values()])
-    test_sets = [[accuracy_on_test_set(records)] for records in measured.values()]
-    shown = ["clean, all test images"] if ["-"] not in test_sets else []
+    complete = all(record.test_set is not None for records in measured.values() for record in records)
+    whole = {"clean, all test images": accuracy_on_test_set} if complete else {}
     rows = [
-        [names[title], *(test_set if shown else []), *shorts(records, columns)]
-        for test_set, (title, records) in zip(test_sets, measured.items(), strict=True)
+        [names[title], *(accuracy(records) for accuracy in whole.values()), *shorts(records, columns)]
+        for title, records in measured.items()
     ]
-    return f"{markdown(['method', *shown, *columns], rows)}\n\n{union_suite(measured)}"
+    return f"{markdown(['method', *whole, *columns], rows)}\n\n{union_suite(measured)}"
 
 
 def conditions(measured: Measured) -> list[str]:

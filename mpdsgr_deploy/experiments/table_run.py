@@ -11,6 +11,7 @@ import onnxruntime
 import torch
 
 from mpdsgr_deploy.atomic_files import write_atomic
+from mpdsgr_deploy.attacks.resumable_run import classes_of
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.defences import DEFENCES
@@ -134,7 +135,8 @@ def measure(run: Run) -> Record:
     checkpoint, model = load_network(checkpoint_dir)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     n = (evaluation or next(iter(artefacts.values()))).n
-    images = load_test(run.local_recipe.data)[: min(n, LOOKED_AT)]
+    test = load_test(run.local_recipe.data)
+    images = test[: min(n, LOOKED_AT)]
     history = checkpoint.history
     drawn = table.artefact is not None and table.artefact.membranes is not None
     record = Record(
@@ -152,7 +154,7 @@ def measure(run: Run) -> Record:
         tier=table.tier,
         torch=evaluation,
         artefacts=artefacts,
-        test_set=whole_test_set(model, checkpoint.shape, run.local_recipe),
+        test_set=whole_test_set(model, test, recipe),
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
         init=checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")},
@@ -190,13 +192,13 @@ def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[
     return reports
 
 
-def whole_test_set(model: SpikingNet, shape: tuple[int, int, int], recipe: Recipe) -> WholeTestSet:
-    """Classify all test images of a recipe. shape: (C, H, W) of an image. Raises InputError as `load_test` does."""
-    test, batch_size = load_test(recipe.data), recipe.validation.batch_size
-    network, correct = TorchModel(model, shape, recipe.validation.seed), 0
+def whole_test_set(model: SpikingNet, test: Images, recipe: Recipe) -> WholeTestSet:
+    """Classify all test images, without attack, as `evaluate` does. Raises OutOfMemory if memory runs out."""
+    network, batch_size = TorchModel(model, test.shape, recipe.validation.seed), recipe.validation.batch_size
+    correct = 0
     for start in track(range(0, len(test), batch_size), "all test images"):
         batch = test[start : start + batch_size]  # the whole set as float32 can be larger than memory
-        correct += int((network(batch.unit()).argmax(1) == batch.classes).sum())
+        correct += int((classes_of(network(batch.unit())) == batch.classes).sum())
     return WholeTestSet(n=len(test), correct=correct, provenance=provenance())
 
 
