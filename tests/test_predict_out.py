@@ -11,6 +11,8 @@ from conftest import assert_input_error, mpdsgr_here
 
 from mpdsgr_deploy.bundle import Bundle, open_bundle
 from mpdsgr_deploy.data import load_test
+from mpdsgr_deploy.locks import LOCK
+from mpdsgr_deploy.prediction.parts import JOB, part_name, parts_at
 from mpdsgr_deploy.recipe import Data
 
 
@@ -73,3 +75,14 @@ def test_a_pipe_is_written_to(bundle: Bundle, array: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.npz", "pipe", "pipe.csv"]
     os.mkfifo(tmp_path / "pipe.npz")
     assert_input_error(mpdsgr_here("predict", bundle.path, array, "--out", tmp_path / "pipe.npz"), "several passes")
+
+
+def test_parts_that_a_killed_machine_left_unfinished_are_removed(tmp_path: Path) -> None:
+    folder = parts_at(tmp_path / "out")
+    with folder.claimed():
+        folder.describe({})
+        killed = folder.part(0)
+        killed.__enter__()  # a killed process never leaves this block
+        with folder.part(0) as file:
+            file.write(b"rows")
+    assert folder.names() - {LOCK} == {JOB, part_name(0)}

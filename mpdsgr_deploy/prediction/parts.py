@@ -45,35 +45,47 @@ class PartsHere:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Lock the folder for a with block. Raises InputError if it holds other files, or if it is locked already."""
+        """Lock the folder for a with block, after which files that killed processes left unfinished are removed.
+
+        Raises InputError if the folder holds other files, or if it is locked already.
+        """
         claim_directory(self._path, JOB, WHAT)
         with exclusive(self._path / LOCK, "mpdsgr predict"):
-            yield
+            try:
+                yield
+            finally:
+                for unfinished in self._path.glob(".*.tmp"):
+                    with suppress(OSError):
+                        unfinished.unlink()
 
     def describe(self, job: dict[str, Any]) -> None:
         """Write the description of the job to _job.json. Raises InputError if the folder has parts of another job."""
         with suppress(OSError, ValueError):
             if json.loads((self._path / JOB).read_bytes()) != job:
                 raise _other_job(self._path)
-        self.write(JOB, json.dumps(job).encode())
+        write_atomic(self._path / JOB, json.dumps(job).encode())
 
     def names(self) -> set[str]:
         return {path.name for path in self._path.iterdir()}
 
     def part(self, number: int) -> AbstractContextManager[BinaryIO]:
         """Open a file for writing, which becomes the part if the with block ends without an error."""
-        path = self._path / part_name(number)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # two processes may write the same part
-        return complete_file(path, temporary, "finished parts are kept")
+        return self._complete(part_name(number))
 
     def open(self, name: str) -> IO[bytes]:
         return (self._path / name).open("rb")
 
     def write(self, name: str, content: bytes) -> None:
-        write_atomic(self._path / name, content)
+        with self._complete(name) as file:
+            file.write(content)
 
     def remove(self, name: str) -> None:
         (self._path / name).unlink(missing_ok=True)
+
+    def _complete(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """The temporary file has a name of its own, because two processes may write the same part at once."""
+        temporary = self._path / f".{name}.{uuid.uuid4().hex}.tmp"
+        return complete_file(self._path / name, temporary, "finished parts are kept")
 
 
 class PartsInStore:
