@@ -13,13 +13,13 @@ from conftest import mpdsgr
 from exporting_once import to_graph
 
 from mpdsgr_deploy.attacks.tiers import TIERS, suite_of
-from mpdsgr_deploy.checkpoint import VALIDATION_PGD, load_checkpoint
+from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli.table import command
 from mpdsgr_deploy.data import load_test
 from mpdsgr_deploy.errors import InputError
-from mpdsgr_deploy.experiments import flip_measurement, flip_records, flips_page, page_parts, table_page
+from mpdsgr_deploy.experiments import flip_measurement, flip_records, flips_page, table_page
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record, read_records
-from mpdsgr_deploy.experiments.records import Record, load_measured, outdated, records_of
+from mpdsgr_deploy.experiments.records import Record, Start, load_measured, outdated, records_of
 from mpdsgr_deploy.experiments.row_comparison import difference
 from mpdsgr_deploy.experiments.table import built_in_tables, load_table
 from mpdsgr_deploy.trained_networks import load_network
@@ -162,25 +162,6 @@ def test_a_stronger_tier_leaves_the_records_of_other_tiers_valid(
     assert f"and the current one is {TIERS['release'].suite}" in str(outdated(records["release"], tiers["release"]))
 
 
-def test_a_page_says_which_run_was_cut_and_which_started_from_weights(measured: Path) -> None:
-    record = next(iter(records_of(measured.parent / "results" / "small").values()))
-    assert page_parts.exceptions([record]) == []
-    cut = record.model_copy(update={"epoch": 0, "init": {"epoch": 7, "weights_sha256": "0123456789abcdef"}})
-    assert page_parts.exceptions([cut]) == [
-        "- digits-reg, seed 0: cut after epoch 0 of 1, at T = 2",
-        "- digits-reg, seed 0: started from weights of epoch 7 (0123456789ab)",
-    ]
-
-
-def test_a_defence_of_the_users_own_is_shown_without_editing_anything(measured: Path) -> None:
-    spec = load_table(str(measured))[1]
-    rows = load_measured(spec, measured.parent / "results" / "small")
-    own = rows["empirical"][0].recipe.model_copy(update={"defence": {"my-defence": {}}})
-    rows["empirical"] = [record.model_copy(update={"recipe": own}) for record in rows["empirical"]]
-    assert "| empirical | MY-DEFENCE | 0, 1 |" in table_page.render("small", spec, rows)
-    assert table_page.pictures(spec, rows)["plot.png"][:4] == b"\x89PNG"
-
-
 def test_mistakes_are_one_line(small: Path) -> None:
     for options, expected in (
         ([small, "digits-rag"], "unknown row 'digits-rag'; allowed: digits-reg, empirical; did you mean 'digits-reg'?"),
@@ -236,15 +217,21 @@ def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path
     assert done.exit_code == 0, done.output
     record = records_of(tmp_path / "results" / "small")["tuned", 1]
     (start,) = (tmp_path / "runs" / "small").glob("digits-reg-seed1-*")
-    assert record.init == {"weights_sha256": load_checkpoint(start / "last").weights_sha256, "epoch": 1}
+    sha256 = load_checkpoint(start / "last").weights_sha256
+    assert record.init == Start(row="digits-reg", seed=1, epoch=1, weights_sha256=sha256)
     spec = load_table(str(file))[1]
     assert outdated(record, spec) is None
-    assert "from other weights" in str(outdated(record.model_copy(update={"init": None}), spec))
+    for other in (
+        None,
+        record.init.model_copy(update={"row": "empirical"}),
+        record.init.model_copy(update={"seed": 0}),
+    ):
+        assert "from other weights" in str(outdated(record.model_copy(update={"init": other}), spec))
     file.write_text(file.read_text() + '[[rows]]\nrecipe = "digits-reg"\nname = "again"\ninit = "tuned"\n')
     assert table(file, "again", "--seeds", "1").exit_code == 0
     (tuned,) = (tmp_path / "runs" / "small").glob("tuned-seed1-*")
     again = records_of(tmp_path / "results" / "small")["again", 1]
-    assert again.init == {"weights_sha256": load_checkpoint(tuned / "last").weights_sha256, "epoch": 1}
+    assert again.init.weights_sha256 == load_checkpoint(tuned / "last").weights_sha256
 
 
 def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
@@ -260,25 +247,15 @@ def test_fine_tuning_is_compared_with_that_without_a_defence_from_the_same_weigh
     spec = load_table(str(measured))[1]
     rows = load_measured(spec, measured.parent / "results" / "small")
     assert "in fine-tuning" not in table_page.render("small", spec, rows)
+    start = Start(row="earlier", seed=0, epoch=1, weights_sha256="ab")
     for records in rows.values():
-        records[:] = [record.model_copy(update={"init": {"weights_sha256": "ab", "epoch": 1}}) for record in records]
+        records[:] = [record.model_copy(update={"init": start}) for record in records]
     page = table_page.render("small", spec, rows)
     pgd = difference(rows["empirical"], rows["digits-reg"], "pgd 5/255")
     assert "| row | clean | gaussian | FGSM | PGD | strong | PGD 5/255 | union |" in page
     assert str(pgd) in page
     rows["digits-reg"] = [record.model_copy(update={"init": None}) for record in rows["digits-reg"]]
     assert "in fine-tuning" not in table_page.render("small", spec, rows)
-
-
-def test_accuracy_under_pgd_is_drawn_by_epoch_where_it_was_measured(measured: Path) -> None:
-    spec = load_table(str(measured))[1]
-    rows = load_measured(spec, measured.parent / "results" / "small")
-    assert table_page.EPOCHS_PLOT not in table_page.pictures(spec, rows)
-    assert table_page.EPOCHS_PLOT not in table_page.render("small", spec, rows)
-    attacked = {VALIDATION_PGD: rows["empirical"][0].curve["validation_accuracy"]}
-    rows["empirical"][0] = rows["empirical"][0].model_copy(update={"curve": {**rows["empirical"][0].curve, **attacked}})
-    assert table_page.pictures(spec, rows)[table_page.EPOCHS_PLOT][:4] == b"\x89PNG"
-    assert f"({table_page.EPOCHS_PLOT})" in table_page.render("small", spec, rows)
 
 
 def test_flips_are_counted_in_every_variant_of_a_trained_row(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

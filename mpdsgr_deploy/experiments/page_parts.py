@@ -3,7 +3,7 @@
 from statistics import fmean
 
 from mpdsgr_deploy.experiments.markdown import markdown
-from mpdsgr_deploy.experiments.records import Measured, Record
+from mpdsgr_deploy.experiments.records import Measured, Record, Start
 from mpdsgr_deploy.experiments.row_comparison import omega
 from mpdsgr_deploy.experiments.table import TableSpec
 
@@ -96,14 +96,18 @@ def sources(measured: Measured) -> str:
 
 
 def exceptions(records: list[Record]) -> list[str]:
-    """Return a line for each run that ended before its recipe's last epoch, or that started from trained weights."""
-    lines = []
+    """Return a line for each run that was cut before its last epoch, and for each network that runs started from."""
+    lines: list[str] = []
+    started: dict[Start, Measured] = {}
     for record in records:
         steps = record.curve.get("T", [record.recipe.encoding.T])[-1]
         if record.epoch < (epochs := record.recipe.training.epochs):
             cut = f"cut after epoch {record.epoch} of {epochs}, at T = {steps}"
             lines.append(f"- {record.row}, seed {record.seed}: {cut}")
         if record.init is not None:
-            start = f"started from weights of epoch {record.init['epoch']} ({record.init['weights_sha256'][:12]})"
-            lines.append(f"- {record.row}, seed {record.seed}: {start}")
+            started.setdefault(record.init, {}).setdefault(record.row, []).append(record)
+    for start, rows in started.items():
+        lines.append(
+            f"- started from {start}: {'; '.join(f'{row}, seed {seeds(of_row)}' for row, of_row in rows.items())}"
+        )
     return lines

@@ -120,6 +120,18 @@ class WholeTestSet(BaseModel):
         return self.correct / self.n
 
 
+class Start(BaseModel, frozen=True):
+    """The trained network whose weights a training started from: that of a row with a seed, after `epoch` epochs."""
+
+    row: str
+    seed: int
+    epoch: int
+    weights_sha256: str
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}, after epoch {self.epoch} (weights {self.weights_sha256[:12]})"
+
+
 class Record(BaseModel):
     """The result of one row with one seed.
 
@@ -130,7 +142,7 @@ class Record(BaseModel):
     None for those that the recipe names. torch: the evaluation of the torch network, or else artefacts: those of the
     exported network by precision. test_set: the torch network on all test images, of which few may be attacked; None
     in records of earlier versions. sensitivity: the result of `sensitivity.sensitivity`. provenance: that of the
-    training. init: hash and epoch of the weights that training started from, None for random ones.
+    training. init: where the first weights are from, None for random ones.
     """
 
     schema_version: int = 2
@@ -151,7 +163,7 @@ class Record(BaseModel):
     test_set: WholeTestSet | None = None
     sensitivity: Annotated[dict[str, Any], Rounded]
     provenance: dict[str, Any]
-    init: dict[str, Any] | None = None
+    init: Start | None = None
 
     @property
     def attacked(self) -> AttackedNetwork:
@@ -179,7 +191,8 @@ def outdated(record: Record, table: TableSpec) -> str | None:
     now, before = table.recipe(row, record.seed).model_dump(), resolved(record.recipe).model_dump()
     if changed := [section for section in now if before[section] != now[section]]:
         return f"{who} was measured with another recipe (other values in {', '.join(changed)})"
-    if (row.init is None) != (record.init is None):
+    stated = None if row.init is None else (row.init, table.seed_of(table.row(row.init), record.seed))
+    if stated != (None if record.init is None else (record.init.row, record.init.seed)):
         return f"{who} was trained from other weights than the table states"
     exports = {} if table.artefact is None else dict.fromkeys(table.artefact.precisions, table.artefact.tier)
     if exports != {precision: artefact.tier for precision, artefact in record.artefacts.items()}:

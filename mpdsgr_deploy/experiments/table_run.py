@@ -19,7 +19,7 @@ from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
 from mpdsgr_deploy.diagnostics.membrane import RANGE, Membrane
 from mpdsgr_deploy.experiments import variants
 from mpdsgr_deploy.experiments.record_files import RECORDS, put_record
-from mpdsgr_deploy.experiments.records import KEY, AttackedExport, AttackedNetwork, Record, WholeTestSet
+from mpdsgr_deploy.experiments.records import KEY, AttackedExport, AttackedNetwork, Record, Start, WholeTestSet
 from mpdsgr_deploy.experiments.sensitivity import sensitivity
 from mpdsgr_deploy.experiments.table import ExportSpec, TableSpec
 from mpdsgr_deploy.exporting import export
@@ -157,10 +157,18 @@ def measure(run: Run) -> Record:
         test_set=whole_test_set(model, test, recipe),
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
-        init=checkpoint.init and {key: checkpoint.init[key] for key in ("weights_sha256", "epoch")},
+        init=start(run, checkpoint.init),
     )
     put_record(run.folder / RECORDS, record, KEY)
     return record
+
+
+def start(run: Run, init: dict[str, Any] | None) -> Start | None:
+    """Return the network that a run started from. init: the `Checkpoint.init` of the run."""
+    if run.init is None or init is None:
+        return None
+    seed = run.init.recipe.training.seed
+    return Start(row=run.init.row, seed=seed, epoch=init["epoch"], weights_sha256=init["weights_sha256"])
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:
