@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from mpdsgr_deploy.checkpoint import load_checkpoint
 from mpdsgr_deploy.cli import main
 from mpdsgr_deploy.cli.table import command
-from mpdsgr_deploy.experiments import jobs, row_comparison, table_page, table_sections
+from mpdsgr_deploy.experiments import front, jobs, row_comparison, table_page, table_sections
 from mpdsgr_deploy.experiments.records import (
     AttackedNetwork,
     Measured,
@@ -108,7 +108,8 @@ def test_the_page_shows_what_the_exported_networks_did(home: Path) -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("| digits-mpdsgr | int8 |"))
     assert line.split(" | ")[2] == f"{100 * new.mean():.1f}"
     assert line.split(" | ")[5] == flips
-    assert {p.name for p in (home / "results" / "small").glob("*.png")} == {"plot.png", "growth.png", "membranes.png"}
+    pictures = {p.name for p in (home / "results" / "small").glob("*.png")}
+    assert pictures == {"plot.png", "growth.png", "membranes.png", "front.png"}
 
 
 def test_what_is_brought_home_is_all_there_is(home: Path) -> None:
@@ -147,7 +148,8 @@ def test_a_row_whose_evaluation_ended_early_is_named_and_not_compared(home: Path
     text = table_sections.order(spec, rows)
     assert "Ended early, so not compared: digits-mpdsgr." in text
     assert "| digits-mpdsgr |" not in text + table_sections.precisions(rows)
-    assert table_page.pictures(spec, rows).keys() == {"plot.png", "growth.png", "membranes.png"}
+    assert table_page.pictures(spec, rows).keys() == {"plot.png", "growth.png", "membranes.png", "front.png"}
+    assert "| digits-mpdsgr |" not in front.section(rows)
     rows["digits-reg"] = [rows["digits-reg"][0].model_copy(update={"artefacts": cut})]
     assert table_page.pictures(spec, rows).keys() == {"plot.png", "membranes.png"}
     assert table_sections.GROWTH not in table_page.render("small", spec, rows)

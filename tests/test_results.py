@@ -215,10 +215,11 @@ def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path
     file.write_text(SMALL + '[[rows]]\nrecipe = "digits-reg"\nname = "tuned"\ninit = "digits-reg"\n')
     done = table(file, "tuned", "--seeds", "1")
     assert done.exit_code == 0, done.output
-    record = records_of(tmp_path / "results" / "small")["tuned", 1]
+    records = records_of(tmp_path / "results" / "small")
+    record, earlier = records["tuned", 1], records["digits-reg", 1]
     (start,) = (tmp_path / "runs" / "small").glob("digits-reg-seed1-*")
     sha256 = load_checkpoint(start / "last").weights_sha256
-    assert record.init == Start(row="digits-reg", seed=1, epoch=1, weights_sha256=sha256)
+    assert record.init == Start(row="digits-reg", seed=1, epoch=1, weights_sha256=sha256, seconds=earlier.seconds)
     spec = load_table(str(file))[1]
     assert outdated(record, spec) is None
     for other in (
@@ -232,6 +233,7 @@ def test_a_row_starts_from_the_network_of_another(measured: Path, tmp_path: Path
     (tuned,) = (tmp_path / "runs" / "small").glob("tuned-seed1-*")
     again = records_of(tmp_path / "results" / "small")["again", 1]
     assert again.init.weights_sha256 == load_checkpoint(tuned / "last").weights_sha256
+    assert again.seconds_before == pytest.approx(earlier.seconds + record.seconds)
 
 
 def test_a_record_of_other_attacks_is_outdated(measured: Path) -> None:
@@ -247,7 +249,7 @@ def test_fine_tuning_is_compared_with_that_without_a_defence_from_the_same_weigh
     spec = load_table(str(measured))[1]
     rows = load_measured(spec, measured.parent / "results" / "small")
     assert "in fine-tuning" not in table_page.render("small", spec, rows)
-    start = Start(row="earlier", seed=0, epoch=1, weights_sha256="ab")
+    start = Start(row="earlier", seed=0, epoch=1, weights_sha256="ab", seconds=0)
     for records in rows.values():
         records[:] = [record.model_copy(update={"init": start}) for record in records]
     page = table_page.render("small", spec, rows)

@@ -4,7 +4,7 @@ from statistics import fmean
 
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import Measured, Record, Start
-from mpdsgr_deploy.experiments.row_comparison import omega
+from mpdsgr_deploy.experiments.row_comparison import omega, validation_accuracy
 from mpdsgr_deploy.experiments.table import TableSpec
 
 
@@ -59,9 +59,8 @@ def behaviour(measured: Measured) -> str:
         drops = [mean([e[kind] / e["margin"] for e in effects]) for kind in ("promised", "noise", "pgd")]
         flipped = [list(e["flipped_pgd"].values()) for e in effects]
         flips = " / ".join(f"{fmean(shares[end] for shares in flipped):.3f}" for end in (0, -1)) if flipped else "-"
-        validation = 100 * fmean(record.curve["validation_accuracy"][-1] for record in records)
         cells = [
-            f"{validation:.1f}",
+            f"{validation_accuracy(records):.1f}",
             accuracy_on_test_set(records),
             f"{omega(records):.3f}",
             f"{firing[0]:.3f} / {firing[1]:.3f}",

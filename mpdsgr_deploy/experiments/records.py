@@ -121,12 +121,16 @@ class WholeTestSet(BaseModel):
 
 
 class Start(BaseModel, frozen=True):
-    """The trained network whose weights a training started from: that of a row with a seed, after `epoch` epochs."""
+    """The trained network whose weights a training started from: that of a row with a seed, after `epoch` epochs.
+
+    seconds: wall time of all trainings that led to it.
+    """
 
     row: str
     seed: int
     epoch: int
     weights_sha256: str
+    seconds: float
 
     def __str__(self) -> str:
         return f"{self.row}, seed {self.seed}, after epoch {self.epoch} (weights {self.weights_sha256[:12]})"
@@ -164,6 +168,11 @@ class Record(BaseModel):
     sensitivity: Annotated[dict[str, Any], Rounded]
     provenance: dict[str, Any]
     init: Start | None = None
+
+    @property
+    def seconds_before(self) -> float:
+        """Wall time of all trainings that led to the first weights; 0 for random ones."""
+        return 0.0 if self.init is None else self.init.seconds
 
     @property
     def attacked(self) -> AttackedNetwork:

@@ -50,6 +50,11 @@ def cell(records: list[Record], condition: str) -> Cell | None:
     return Cell(100 * mean, 100 * stdev(accuracies) if len(records) > 1 else None, (100 * low, 100 * high))
 
 
+def validation_accuracy(records: list[Record]) -> float:
+    """Return accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
+    return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
+
+
 def shorts(records: list[Record], conditions: dict[str, str]) -> list[str]:
     """Return the accuracies under conditions as text, without intervals; "-" for those that were not measured.
 

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpdsgr_deploy.attacks.condition import CLEAN, WORST
-from mpdsgr_deploy.diagnostics.picture import BLACK, DARK_GREY, GREEN, GREY, ORANGE, VERMILION, plain
+from mpdsgr_deploy.diagnostics.picture import BLACK, GREEN, GREY, ORANGE, VERMILION, plain
 from mpdsgr_deploy.experiments.effect import (
     CONDITIONS,
     HELPS,
@@ -18,6 +18,7 @@ from mpdsgr_deploy.experiments.effect import (
     emptied,
     verdict,
 )
+from mpdsgr_deploy.experiments.point_labels import Label, place, unbeaten
 from mpdsgr_deploy.experiments.records import Measured
 from mpdsgr_deploy.experiments.row_comparison import cell
 from mpdsgr_deploy.experiments.study import Study
@@ -27,8 +28,6 @@ DRAWN = ("PGD", "Square", "union")
 BASELINE = BLACK
 COLOURS = {HELPS: GREEN, MASKS: ORANGE, HURTS: VERMILION, OPEN: GREY}
 NAMED = 6  # number of losses that have a label, the largest ones
-LINE_HEIGHT = 9.0  # smallest distance between two labels, in points
-Label = tuple[float, float, str]  # x, y, text
 
 
 def method_names(study: Study) -> dict[str, str]:
@@ -107,7 +106,7 @@ def front(study: Study, measured: Measured, compared: list[Pair]) -> bytes:
         axes.plot([clean.mean] * 2, union.interval, color=colour, linewidth=0.6, alpha=0.5)
         axes.plot([clean.mean], [union.mean], "o", color=colour, markersize=5)
         points.append((clean.mean, union.mean, names[title]))
-    best = [p for p in points if not any(q[0] >= p[0] and q[1] >= p[1] and q[:2] != p[:2] for q in points)]
+    best = unbeaten(points)
     axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), color=BASELINE, linewidth=0.5, linestyle=":")
     axes.set(xlabel="clean accuracy (%)", ylabel="right under all attacks (%)")
     axes.plot([], [], "o", color=BASELINE, label="baseline")
@@ -124,32 +123,3 @@ def finish(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.draw_without_rendering()  # the layout is final from here on, so pixel positions are too
     place(figure, axes, texts)
-
-
-def place(figure: Figure, axes: Axes, texts: Sequence[Label]) -> None:
-    """Place each label to the right of its point, moved down until it covers no other, with a line to the point.
-
-    A label that would extend beyond the axes is placed to the left of its point.
-    """
-    scale = 72 / figure.dpi
-    right = axes.bbox.x1 * scale
-    boxes: list[tuple[float, float, float]] = []  # left, right and y of the labels that are placed, in points
-    for x, y, text in sorted(texts, key=lambda label: -label[1]):
-        at_x, at_y = (value * scale for value in axes.transData.transform((x, y)))
-        width = 3.4 * len(text)
-        to_left = at_x + 8 + width > right
-        left = at_x - 8 - width if to_left else at_x + 8
-        height = at_y
-        while any(b[0] < left + width and left < b[1] and abs(b[2] - height) < LINE_HEIGHT for b in boxes):
-            height -= 1
-        boxes.append((left, left + width, height))
-        axes.annotate(
-            text,
-            (x, y),
-            fontsize=6,
-            xytext=(-8 if to_left else 8, height - at_y),
-            textcoords="offset points",
-            ha="right" if to_left else "left",
-            va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": DARK_GREY},
-        )

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean
 
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, PGD
-from mpdsgr_deploy.experiments import table_plots, table_sections
+from mpdsgr_deploy.experiments import front, table_plots, table_sections
 from mpdsgr_deploy.experiments.markdown import markdown, publish
 from mpdsgr_deploy.experiments.page_parts import (
     accuracy_on_test_set,
@@ -16,7 +16,7 @@ from mpdsgr_deploy.experiments.page_parts import (
     union_suite,
     unmeasured,
 )
-from mpdsgr_deploy.experiments.records import Measured, load_measured
+from mpdsgr_deploy.experiments.records import Measured, Record, load_measured
 from mpdsgr_deploy.experiments.row_comparison import SHOWN, STRONG, cell, published_figures, shorts, strong_curves
 from mpdsgr_deploy.experiments.table import TableSpec
 
@@ -38,6 +38,7 @@ def pictures(table: TableSpec, measured: Measured) -> dict[str, bytes]:
         PLOT: table_plots.accuracies(table, measured),
         EPS_PLOT: table_plots.within_eps(table, measured),
         EPOCHS_PLOT: table_plots.by_epoch(measured),
+        front.FRONT: front.picture(measured),
     }
     if table.artefact is not None:
         drawn[table_sections.GROWTH] = table_plots.growth(measured)
@@ -60,6 +61,7 @@ def render(name: str, table: TableSpec, measured: Measured) -> str:
             by_attack(measured),
             unhealthy(measured),
             table_sections.against_none(measured),
+            front.section(measured),
             f"![accuracy of every row]({PLOT})",
             f"![accuracy against eps]({EPS_PLOT})" if table.eps else "",
             f"![accuracy by epoch, clean and under PGD]({EPOCHS_PLOT})"
@@ -138,15 +140,25 @@ def accuracies(measured: Measured) -> str:
     rows = []
     for title, records in measured.items():
         cells = [str(cell(records, condition) or "-") for condition in COLUMNS.values()]
-        minutes = fmean(record.seconds for record in records) / 60
         n = str(records[0].attacked.n)
-        rows.append([title, records[0].recipe.method, seeds(records), n, *cells, f"{minutes:.1f} min"])
+        rows.append([title, records[0].recipe.method, seeds(records), n, *cells, training_time(records)])
     note = (
         "Accuracy in %: the mean over the seeds, ± the standard deviation between them, [95 % Wilson interval for the "
         "choice of the n test images, which are the same for every seed and row]. `strong`: broken by any iterate of "
-        "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run."
+        "the strong PGD; `union`: right under every condition within eps. `training`: wall time of one run"
+        + (", after that of the runs whose weights it started from." if any(map(was_tuned, measured.values())) else ".")
     )
     return markdown(["row", "method", "seeds", "n", *COLUMNS, "training"], rows) + f"\n\n{note}"
+
+
+def was_tuned(records: list[Record]) -> bool:
+    return records[0].init is not None
+
+
+def training_time(records: list[Record]) -> str:
+    """Return the wall time of a row's training, and that of the earlier ones it builds on, averaged over seeds."""
+    own, before = (fmean(times) / 60 for times in zip(*((r.seconds, r.seconds_before) for r in records), strict=True))
+    return f"{own:.1f} min after {before:.1f} min" if before else f"{own:.1f} min"
 
 
 def by_attack(measured: Measured) -> str:

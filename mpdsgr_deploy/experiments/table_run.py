@@ -13,6 +13,7 @@ import torch
 from mpdsgr_deploy.atomic_files import write_atomic
 from mpdsgr_deploy.attacks.resumable_run import classes_of
 from mpdsgr_deploy.bundle import MANIFEST, open_bundle
+from mpdsgr_deploy.checkpoint import Checkpoint, load_checkpoint
 from mpdsgr_deploy.data import Images, load_test
 from mpdsgr_deploy.defences import DEFENCES
 from mpdsgr_deploy.diagnostics.distribution import measure as layer_potentials
@@ -147,7 +148,7 @@ def measure(run: Run) -> Record:
         checkpoint=CHECKPOINT,
         epoch=checkpoint.epoch,
         recipe=recipe,
-        seconds=round(sum(entry["seconds"] for entry in history), 1),
+        seconds=wall_time(checkpoint),
         curve=checkpoint.curve,
         layers=history[-1]["layers"],
         membranes=membranes(model, images, recipe) if drawn else [],
@@ -157,18 +158,29 @@ def measure(run: Run) -> Record:
         test_set=whole_test_set(model, test, recipe),
         sensitivity=sensitivity(model, images, recipe),
         provenance=checkpoint.provenance,
-        init=start(run, checkpoint.init),
+        init=start_of(run),
     )
     put_record(run.folder / RECORDS, record, KEY)
     return record
 
 
-def start(run: Run, init: dict[str, Any] | None) -> Start | None:
-    """Return the network that a run started from. init: the `Checkpoint.init` of the run."""
-    if run.init is None or init is None:
+def start_of(run: Run) -> Start | None:
+    """Return the network that a trained run started from; None for random weights."""
+    if run.init is None:
         return None
-    seed = run.init.recipe.training.seed
-    return Start(row=run.init.row, seed=seed, epoch=init["epoch"], weights_sha256=init["weights_sha256"])
+    checkpoint, before = load_checkpoint(run.init.directory / CHECKPOINT), start_of(run.init)
+    return Start(
+        row=run.init.row,
+        seed=run.init.recipe.training.seed,
+        epoch=checkpoint.epoch,
+        weights_sha256=checkpoint.weights_sha256,
+        seconds=round(wall_time(checkpoint) + (before.seconds if before else 0), 1),
+    )
+
+
+def wall_time(checkpoint: Checkpoint) -> float:
+    """Return the time in s that the epochs up to a checkpoint took."""
+    return round(sum(entry["seconds"] for entry in checkpoint.history), 1)
 
 
 def validated_exports(run: Run, artefact: ExportSpec, checkpoint: Path) -> dict[str, Report]:

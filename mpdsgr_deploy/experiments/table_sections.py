@@ -7,7 +7,16 @@ from typing import Any
 from mpdsgr_deploy.attacks.condition import CLEAN, FGSM, GAUSSIAN, PGD, SQUARE, STRONG, WORST
 from mpdsgr_deploy.experiments.markdown import markdown
 from mpdsgr_deploy.experiments.records import AttackedExport, Measured, Record
-from mpdsgr_deploy.experiments.row_comparison import baseline, by_eps, cell, difference, groups, paired, strong_curves
+from mpdsgr_deploy.experiments.row_comparison import (
+    baseline,
+    by_eps,
+    cell,
+    difference,
+    groups,
+    paired,
+    strong_curves,
+    validation_accuracy,
+)
 from mpdsgr_deploy.experiments.table import TableSpec
 from mpdsgr_deploy.recipes import find_recipe, published
 
@@ -109,11 +118,6 @@ def flips(first: Sequence[AttackedExport], others: Sequence[AttackedExport], con
     pairs = [(a.verdicts(condition), b.verdicts(condition)) for a, b in zip(first, others, strict=True)]
     worse, better = (sum(int((a & ~b).sum()) for a, b in order) for order in (pairs, [(b, a) for a, b in pairs]))
     return f"{worse} / {better}"
-
-
-def validation_accuracy(records: list[Record]) -> float:
-    """Return accuracy on clean validation images after the last epoch, in %, averaged over seeds."""
-    return 100 * sum(record.curve["validation_accuracy"][-1] for record in records) / len(records)
 
 
 def swept(record: Record) -> list[dict[str, Any]]:
