@@ -24,25 +24,29 @@ def unions(measured: Measured) -> dict[str, Cell]:
     return found if any(union.mean for union in found.values()) else {}
 
 
-def points(measured: Measured) -> list[Label]:
-    """Return clean accuracy on validation images, accuracy under all attacks, both in %, and the name of each row."""
-    return [(validation_accuracy(measured[row]), union.mean, row) for row, union in unions(measured).items()]
+def points(measured: Measured, found: dict[str, Cell]) -> list[Label]:
+    """Return clean accuracy on validation images, accuracy under all attacks, both in %, and the name of each row.
+
+    found: what `unions` returned for `measured`.
+    """
+    return [(validation_accuracy(measured[row]), union.mean, row) for row, union in found.items()]
 
 
-def training_time(records: list[Record]) -> str:
+def whole_time(records: list[Record]) -> str:
     """Return the wall time of training from random weights on, averaged over seeds."""
     return f"{fmean(record.seconds_before + record.seconds for record in records) / 60:.1f} min"
 
 
 def section(measured: Measured) -> str:
     """Show the rows of the front, from the most to the least robust one; empty if no image survives all attacks."""
-    best = sorted(unbeaten(points(measured)), key=lambda point: -point[1])
+    found = unions(measured)
+    best = sorted(unbeaten(points(measured, found)), key=lambda point: -point[1])
     if not best:
         return ""
     rows = []
     for validation, _, row in best:
-        records, union = measured[row], unions(measured)[row]
-        cells = [f"{validation:.1f}", accuracy_on_test_set(records), str(union), training_time(records)]
+        records = measured[row]
+        cells = [f"{validation:.1f}", accuracy_on_test_set(records), str(found[row]), whole_time(records)]
         rows.append([row, records[0].recipe.method, *cells])
     note = (
         "Rows that no other row beats in both `validation` (clean accuracy in % on all validation images) and `union`. "
@@ -59,19 +63,20 @@ def picture(measured: Measured) -> bytes | None:
 
     Rows of the front have labels with the wall time of their training. None if no image survives all attacks.
     """
-    drawn = points(measured)
-    if not drawn:
+    found = unions(measured)
+    if not found:
         return None
+    drawn = points(measured, found)
     best = unbeaten(drawn)
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for clean, union, row in drawn:
         colour = BLACK if (clean, union, row) in best else GREY
-        axes.plot([clean] * 2, unions(measured)[row].interval, color=colour, linewidth=0.6, alpha=0.5)
+        axes.plot([clean] * 2, found[row].interval, color=colour, linewidth=0.6, alpha=0.5)
         axes.plot([clean], [union], "o", color=colour, markersize=5)
     axes.plot(*zip(*sorted((x, y) for x, y, _ in best), strict=True), color=BLACK, linewidth=0.5, linestyle=":")
     axes.set(xlabel="clean accuracy on validation images (%)", ylabel="right under all attacks (%)", ylim=(-2, None))
     plain(axes)
     figure.draw_without_rendering()  # the layout is final from here on, so pixel positions are too
-    place(figure, axes, [(x, y, f"{row}, {training_time(measured[row])}") for x, y, row in best])
+    place(figure, axes, [(x, y, f"{row}, {whole_time(measured[row])}") for x, y, row in best])
     return small_png(figure)
